@@ -1,0 +1,67 @@
+"""Dice loss and Dice plus cross-entropy, on logits, for masks of any number of dimensions; needs only PyTorch.
+
+    Milletari, Navab, Ahmadi, "V-Net: Fully Convolutional Neural Networks for Volumetric Medical Image Segmentation",
+    3DV 2016 (the Dice loss; here with the plain sum in the denominator, as in the Dice coefficient itself)
+
+Contract: `loss(logits, target)`, both (B, C, *size) of one shape; logits any real number (no sigmoid before), target
+0 or 1. Computed in float32 whatever comes in, also under autocast: sums over 10,000s of voxels overflow float16.
+
+    from losses import DiceLoss
+    loss = DiceLoss()(network(image), mask)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DiceLoss(nn.Module):
+    """`1 - 2 * sum(p * y) / (sum(p) + sum(y))` with p = sigmoid(logits), summed over the whole batch.
+
+    The empty mask: with y = 0 everywhere the loss is about 1 and has almost no gradient, unless p vanishes too (below
+    `smooth`), where it is 0. Dice alone therefore teaches little from a sample without foreground; summed over a batch,
+    which holds other slices too, every false voxel still counts. That is why the sum runs over the batch by default.
+
+    Args:
+        per_sample: sum over each sample, then average over the batch.
+        smooth: added to numerator and denominator, so that 0/0 is a perfect score. 1 is common too: it softens the
+            empty mask and biases small ones.
+
+    Raises:
+        ValueError: logits and target differ in shape (broadcasting would hide it).
+    """
+
+    def __init__(self, *, per_sample: bool = False, smooth: float = 1e-6):
+        super().__init__()
+        self.per_sample, self.smooth = per_sample, smooth
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_shapes(logits, target)
+        probability, target = torch.sigmoid(logits.float()), target.float()
+        axes = tuple(range(1 if self.per_sample else 0, logits.ndim))
+        overlap = (probability * target).sum(axes)  #               () or (B,)
+        total = probability.sum(axes) + target.sum(axes)
+        return (1 - (2 * overlap + self.smooth) / (total + self.smooth)).mean()
+
+
+class BCEDiceLoss(nn.Module):
+    """Binary cross-entropy plus Dice loss, in equal parts.
+
+    Cross-entropy sees each voxel, so it gives early training a steady gradient and calibrates the empty slices; Dice
+    sees the overlap, so that the few voxels of the organ are not outvoted by the background.
+    """
+
+    def __init__(self, *, per_sample: bool = False, smooth: float = 1e-6):
+        super().__init__()
+        self.dice = DiceLoss(per_sample=per_sample, smooth=smooth)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        dice = self.dice(logits, target)
+        return dice + F.binary_cross_entropy_with_logits(logits.float(), target.float())
+
+
+def check_shapes(logits: Tensor, target: Tensor) -> None:
+    if logits.shape != target.shape:
+        raise ValueError(f"logits are {tuple(logits.shape)}, target is {tuple(target.shape)}; they must be equal")

@@ -1,0 +1,279 @@
+"""A synthetic cardiac-MRI data set: torsos with a heart of four chambers and its vessels, the left atrium labelled.
+
+It lets every command and test of the project run with no data at hand. It is no simulation of MR physics, and no score
+on it says anything about patients. What it keeps of a real scan is what makes the task one of place and shape: all
+blood is about equally bright, the walls between the pools are about a voxel thick, and size, pose, contrast, spacing
+and stored orientation differ from scan to scan.
+
+    Gudbjartsson, Patz, "The Rician Distribution of Noisy MRI Data", Magn. Reson. Med. 34, 1995: the noise
+    Antonelli et al., "The Medical Segmentation Decathlon", Nat. Commun. 13, 2022: the layout on disk
+    Quilez, "Ellipsoid SDF", iquilezles.org/articles/ellipsoids: the first-order distance to an ellipsoid
+
+Contract: geometry in mm, patient coordinates RAS (x to the right, y to the front, z to the head, as in NIfTI), origin
+in the middle of the left atrium. Arrays are (I, J, K) as stored, K the slice axis: image int16, not negative; mask
+uint8, 1 = left atrium. About 115 x 95 x 28 voxels of 2.1 x 2.1 x 3.5 mm. Scan k depends on (seed, k, size) alone.
+
+    python phantom.py phantom                          # 8 scans, 3 s on a CPU
+    python phantom.py phantom --scans 20 --seed 1      # more of them, and others
+    python phantom.py tiny --scans 4 --size 0.5        # an eighth of the voxels, for tests
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+ORIENTATIONS = ("LPS", "RAS", "oblique")  # scan k is stored as the (k mod 3)-th
+OSTIUM = 9.0  # mm: how far from the atrium's body a pulmonary vein still counts as atrium
+SUBSLICES = 2  # a scanner averages over the thickness of a slice; so do we, over this many samples
+
+# ------------------------------------------------------------------------------------------------------------ anatomy
+
+
+def ellipsoid(points: np.ndarray, centre: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Signed distance (N,) in mm of points (3, N) to an ellipsoid, negative inside; exact to first order."""
+    scaled = (points - centre) / radii
+    norm, slope = np.linalg.norm(scaled, axis=0), np.linalg.norm(scaled / radii, axis=0)
+    return norm * (norm - 1) / (slope + 1e-6)  # at the very centre both are 0
+
+
+def tube(points: np.ndarray, start: np.ndarray, end: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Signed distance (N,) in mm of points (3, N) to a round-ended, tapered tube, negative inside."""
+    axis = end - start
+    along = np.clip((axis * (points - start)).sum(0) / (axis * axis).sum(), 0, 1)
+    return np.linalg.norm(points - start - along * axis, axis=0) - radii[0] - along * (radii[1] - radii[0])
+
+
+# Painted from top to bottom, later over earlier. Rows of one structure are united, then coated with a wall of muscle.
+# Lengths and places in mm RAS; an ellipsoid has a centre and three radii, a tube two ends and the radius at each.
+# fmt: off
+ANATOMY = (
+    # structure          tissue    wall shape    centre | start    radii | end      radii at both ends
+    ("skin and fat",     "fat",    0, ellipsoid, (5, 0, 0),        (126, 97, 600)),
+    ("chest wall",       "muscle", 0, ellipsoid, (5, 1, 0),        (116, 88, 600)),
+    ("right lung",       "lung",   0, ellipsoid, (62, -4, 5),      (50, 70, 130)),
+    ("left lung",        "lung",   0, ellipsoid, (-54, -6, 5),     (51, 70, 130)),
+    ("liver",            "liver",  0, ellipsoid, (54, 8, -96),     (60, 66, 54)),
+    ("mediastinum",      "soft",   0, ellipsoid, (-2, 30, -14),    (60, 50, 68)),
+    ("mediastinum",      "soft",   0, tube,      (6, 26, 0),       (6, 26, 200),    (33, 33)),
+    ("mediastinum",      "soft",   0, tube,      (6, -20, -200),   (6, -20, 200),   (24, 24)),
+    ("sternum",          "bone",   2, ellipsoid, (5, 81, 0),       (16, 5, 300)),
+    ("vertebra",         "bone",   2, ellipsoid, (6, -47, 0),      (19, 15, 600)),
+    ("spinal canal",     "canal",  2, tube,      (6, -69, -300),   (6, -69, 300),   (7, 7)),
+    ("descending aorta", "blood",  1, tube,      (-20, -38, -300), (-22, -38, 300), (11, 11)),
+    ("oesophagus",       "muscle", 0, tube,      (-5, -27, -300),  (0, -27, 300),   (6, 6)),
+    ("right ventricle",  "blood",  3, ellipsoid, (0, 50, -28),     (44, 24, 28)),
+    ("right ventricle",  "blood",  3, tube,      (-14, 56, -14),   (-18, 42, 30),   (14, 12)), # pulmonary trunk
+    ("right ventricle",  "blood",  3, tube,      (-14, 28, 37),    (54, 0, 36),     (10, 7)),  # right pulmonary artery
+    ("right ventricle",  "blood",  3, tube,      (-16, 32, 37),    (-54, -8, 39),   (10, 7)),  # left pulmonary artery
+    ("left ventricle",   "blood",  9, tube,      (-26, 20, -22),   (-60, 44, -42),  (23, 9)),
+    ("ascending aorta",  "blood",  1, tube,      (2, 34, -8),      (14, 36, 80),    (14, 14)),
+    ("right atrium",     "blood",  2, ellipsoid, (46, 24, -10),    (21, 26, 29)),
+    ("right atrium",     "blood",  2, tube,      (42, 20, 10),     (38, 18, 90),    (10, 9)),  # superior vena cava
+    ("right atrium",     "blood",  2, tube,      (40, 8, -30),     (34, -4, -95),   (11, 12)), # inferior vena cava
+    ("left atrium",      "blood",  2, ellipsoid, (0, 0, 0),        (32, 20, 24)),              # body
+    ("left atrium",      "blood",  2, tube,      (-22, 6, 6),      (-44, 18, 10),   (10, 6)),  # appendage
+    ("left atrium",      "blood",  2, tube,      (20, -2, 12),     (72, 4, 28),     (9, 4)),   # right superior vein
+    ("left atrium",      "blood",  2, tube,      (20, -7, -8),     (68, -28, -18),  (9, 4)),   # right inferior
+    ("left atrium",      "blood",  2, tube,      (-20, -4, 13),    (-68, 0, 30),    (9, 4)),   # left superior
+    ("left atrium",      "blood",  2, tube,      (-20, -8, -6),    (-64, -30, -15), (8, 4)),   # left inferior
+)
+BRIGHTNESS = {"blood": 0.85, "fat": 0.85, "soft": 0.52, "bone": 0.46, "liver": 0.42, "muscle": 0.28, "canal": 0.12,
+              "lung": 0.08}  # of air: 0
+# fmt: on
+
+# ----------------------------------------------------------------------------------------------------------- one scan
+
+
+def rotation(x: float, y: float, z: float) -> np.ndarray:
+    """Rotation matrix (3, 3): about the x axis, then y, then z, by angles in degrees."""
+    (cx, cy, cz), (sx, sy, sz) = np.cos(np.radians((x, y, z))), np.sin(np.radians((x, y, z)))
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x
+
+
+def waves(rng: np.random.Generator, points: np.ndarray, wavelength: float) -> np.ndarray:
+    """A smooth random field (N,) of variance 1 at points (3, N): four plane waves, their length in mm."""
+    field = np.zeros(points.shape[1], np.float32)
+    for _ in range(4):
+        direction = rng.normal(size=3)
+        direction *= 2 * np.pi / wavelength / np.linalg.norm(direction)
+        field += np.sin(np.float32(direction) @ points + np.float32(rng.uniform(0, 2 * np.pi)))
+    return field / np.float32(np.sqrt(2))
+
+
+def make_grid(rng: np.random.Generator, orientation: str, size: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where a scan samples the patient: shape (3,), spacing (3,) in mm, affine (4, 4) from voxel index to mm RAS."""
+    shape = np.array([rng.integers(108, 121), rng.integers(88, 101), rng.integers(25, 32)])
+    in_plane, between_slices = rng.uniform((1.95, 3.2), (2.25, 3.8))
+    spacing = np.array([in_plane, in_plane, between_slices])
+    centre = rng.uniform((-6, 0, -12), (6, 12, 0))
+    tilt_x, tilt_z = rng.uniform(10, 20, 2) * rng.choice((-1, 1), 2)
+    field_of_view, shape = shape * spacing, np.round(shape * size).astype(int)
+    spacing = field_of_view / shape
+    axes = np.diag([1, 1, 1] if orientation == "RAS" else [-1, -1, 1])
+    if orientation == "oblique":
+        axes = rotation(tilt_x, 0, tilt_z) @ axes
+    affine = np.eye(4)
+    affine[:3, :3] = axes * spacing
+    affine[:3, 3] = centre - affine[:3, :3] @ (shape - 1) / 2
+    return shape, spacing, affine
+
+
+def paint(rng: np.random.Generator, points: np.ndarray, edge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one patient's ANATOMY, every number of it varied a little, at points (3, N) in mm RAS.
+
+    Returns the brightness (N,), 0 in air and about 0.85 in blood, and the share (N,) of each point that the left atrium
+    takes. A border is a ramp of `edge` mm across the surface: the partial volume of a voxel of that width.
+    """
+
+    def share(distance):
+        return np.clip(0.5 - distance / np.float32(edge), 0, 1)
+
+    brightness = {tissue: value * rng.uniform(0.88, 1.12) for tissue, value in BRIGHTNESS.items()}
+    image = np.zeros(points.shape[1], np.float32)
+    for (structure, tissue, wall), rows in itertools.groupby(ANATOMY, key=lambda row: row[:3]):
+        distances = []
+        for _, _, _, distance_to, *numbers in rows:
+            varied = (np.array(n) * rng.uniform(0.95, 1.05) + rng.uniform(-1.5, 1.5, len(n)) for n in numbers)
+            distances.append(distance_to(points, *(np.float32(n)[:, None] for n in varied)))
+        distance = np.minimum.reduce(distances)
+        if wall:
+            image += share(distance - wall) * (brightness["muscle"] - image)
+        flow = rng.uniform(0.95, 1.05)  # pools of blood differ a little; the bias field makes them differ more
+        image += share(distance) * (flow * brightness[tissue] - image)
+        if structure == "left atrium":
+            body, appendage, *_ = distances  # the veins follow
+            atrium = share(np.minimum(appendage, np.maximum(distance, body - OSTIUM)))
+    return image, atrium
+
+
+def make_scan(
+    rng: np.random.Generator, orientation: str = "LPS", size: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float], np.ndarray]:
+    """One phantom scan; the same rng state gives the same patient, whatever the orientation and the size.
+
+    Args:
+        rng: source of all randomness.
+        orientation: one of ORIENTATIONS: where the stored axes point, oblique being LPS turned 10 to 20 degrees
+            about x and about z.
+        size: scales the matrix along each axis, 0.5 to 2, and leaves the field of view as it is.
+
+    Returns:
+        image (I, J, K) int16; mask (I, J, K) uint8, 1 where at least half the voxel is left atrium; spacing (I, J, K)
+        in mm; affine (4, 4) float64 from voxel index to mm RAS.
+
+    Raises:
+        ValueError: an orientation or a size outside these.
+    """
+    if orientation not in ORIENTATIONS:
+        raise ValueError(f"orientation is {orientation!r}; choose from {', '.join(ORIENTATIONS)}")
+    check_range("size", size, 0.5, 2)
+    shape, spacing, affine = make_grid(rng, orientation, size)
+    index = np.indices((*shape[:2], shape[2] * SUBSLICES), np.float32).reshape(3, -1)
+    index[2] = (index[2] + 0.5) / SUBSLICES - 0.5
+    world = np.float32(affine[:3, :3]) @ index + np.float32(affine[:3, 3:])
+
+    # The patient's pose and build, then a warp that leaves no surface a perfect ellipsoid.
+    pose = rotation(*rng.uniform((-5, -5, -8), (5, 5, 8))) * rng.uniform(0.92, 1.08, 3)
+    points = np.float32(np.linalg.inv(pose)) @ world
+    points += [2 * waves(rng, points, 90) + 0.8 * waves(rng, points, 40) for _ in range(3)]
+
+    image, atrium = paint(rng, points, edge=spacing[0])
+    image *= np.exp(0.15 * waves(rng, world, 250) + 0.04 * waves(rng, world, 25))  # coil sensitivity, tissue texture
+    image, atrium = (fine.reshape(*shape, SUBSLICES).mean(-1) for fine in (image, atrium))
+    gain, sigma = rng.uniform(300, 900), rng.uniform(0.03, 0.06)
+    image = gain * np.hypot(image + sigma * rng.normal(size=shape), sigma * rng.normal(size=shape))  # Rician
+    return np.round(image).astype(np.int16), (atrium >= 0.5).astype(np.uint8), tuple(spacing.tolist()), affine
+
+
+# ------------------------------------------------------------------------------------------------------- the data set
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise a ValueError that names the argument unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+
+
+def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write an array (I, J, K) as NIfTI: its own dtype, slope 1, qform and sform in scanner coordinates, mm."""
+    nifti = nib.Nifti1Image(array, affine)
+    nifti.set_qform(affine, code="scanner")
+    nifti.set_sform(affine, code="scanner")
+    nifti.header.set_xyzt_units("mm")
+    nib.save(nifti, path)
+
+
+def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 1.0) -> Path:
+    """Write a data set in the Decathlon layout, and return its folder.
+
+    out/imagesTr/la_000.nii.gz ..., out/labelsTr/la_000.nii.gz ..., out/dataset.json. The same arguments give the same
+    bytes; where they are already there in full, nothing is done, and what an interrupted run left is written anew.
+
+    Raises:
+        ValueError: scans, seed or size out of range, or a folder that holds anything but this very data set.
+    """
+    check_range("scans", scans, 1, 1000)
+    check_range("seed", seed, 0, 2**63)
+    check_range("size", size, 0.5, 2)
+    out = Path(out)
+    pairs = [{"image": f"./imagesTr/la_{k:03d}.nii.gz", "label": f"./labelsTr/la_{k:03d}.nii.gz"} for k in range(scans)]
+    contents = {
+        "name": "LeftAtriumPhantom",
+        "description": "Synthetic left atrium phantom written by phantom.py; no patient data",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "left atrium"},
+        "numTraining": scans,
+        "training": pairs,
+        "test": [],
+        "phantom": {"scans": scans, "seed": seed, "size": float(size)},
+    }
+    text = json.dumps(contents, indent=2).encode() + b"\n"
+    # The index is written first under another name and renamed last: dataset.json there means all of it is there.
+    index, unfinished = out / "dataset.json", out / "dataset.json.unfinished"
+    ours = [path for path in (index, unfinished) if path.is_file() and path.read_bytes() == text]
+    if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} holds something else than the {scans} scans of seed {seed}; name an empty folder")
+    if index in ours and all((out / path).is_file() for pair in pairs for path in pair.values()):
+        return out
+
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished.write_bytes(text)
+    index.unlink(missing_ok=True)
+    for folder in ("imagesTr", "labelsTr"):
+        (out / folder).mkdir(exist_ok=True)
+    for k, pair in enumerate(pairs):
+        rng = np.random.default_rng([seed, k])
+        image, mask, _, affine = make_scan(rng, ORIENTATIONS[k % len(ORIENTATIONS)], size)
+        save(image, affine, out / pair["image"])
+        save(mask, affine, out / pair["label"])
+    return unfinished.replace(index).parent
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: write a data set, say where. Arguments that do not work end it with code 2 and one line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder to write: empty, not there yet, or this very data set")
+    parser.add_argument("--scans", type=int, default=8, help="number of scans")
+    parser.add_argument("--seed", type=int, default=0, help="scan k is the same for a seed, whatever --scans is")
+    parser.add_argument("--size", type=float, default=1.0, help="matrix size along each axis, as a factor")
+    args = parser.parse_args(argv)
+    try:
+        out = write_dataset(args.out, scans=args.scans, seed=args.seed, size=args.size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{args.scans} synthetic scans with their masks in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Masks for scans: a checkpoint and NIfTI files in, NIfTI masks on the scans' own grid out, scores if labels are given.
+
+Contract: whatever orientation, spacing and size a scan is stored with, its mask is uint8 (1 = organ) of the same shape,
+affine and header codes, and opens on top of it in 3D Slicer or ITK-SNAP. The checkpoint holds the network's arguments
+and the preprocessing, so no flag repeats them. Needs neither imgaug nor OpenCV.
+
+    python predict.py imagesTs --checkpoint runs/left-atrium/last.pt --out masks
+    python predict.py scan.nii.gz --checkpoint last.pt --out masks --largest-component --movie
+    python predict.py DIR --checkpoint last.pt --out masks --labels DIR/labelsTr --held-out     # scores.csv, in mm
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy import ndimage
+from tqdm import tqdm
+
+import visualize
+from data import DataError, Pair, Scan, find_pairs, nifti_files, preprocess, read_mask, read_scan, undo_preprocess
+from metrics import score
+from unet import UNet
+
+VERSION = 1  # of the checkpoint; train.py writes it, load_checkpoint understands it
+
+# ------------------------------------------------------------------------------------------------ device and precision
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises DataError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: {str(error).splitlines()[0]}; use --device auto or cpu") from None
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the network's arithmetic: weights, loss and optimiser are float32 in any case.
+
+    `auto` is bfloat16 where the hardware has it, else float16 on CUDA (with a gradient scaler), else float32.
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # AVX512-BF16 or AMX; there is no public question for it yet. Without the instructions bfloat16 is emulated: slow.
+    native = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    return torch.bfloat16 if device.type == "cpu" and any(ask and ask() for ask in native) else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next step, instead of returning it to the kernel each time.
+
+    Activations of 10s of MB are otherwise mapped, zeroed page by page and unmapped in every step: a third of the time
+    of a CPU step. Does nothing on other systems, and nothing for a GPU, where PyTorch does the same by itself.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
+        if mallopt:
+            M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- prediction
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """A checkpoint of train.py: tensors and plain values only, so nothing in the file can be executed.
+
+    Raises:
+        DataError: no file, no checkpoint of this project, or one of another version.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; train.py writes last.pt and best.pt into its run folder") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise DataError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
+    missing = {"model", "network", "preprocess", "version"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise DataError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(sorted(missing))}")
+    if checkpoint["version"] != VERSION:
+        raise DataError(f"{path}: checkpoint version is {checkpoint['version']}, expected {VERSION}; train it anew")
+    return checkpoint
+
+
+def load_network(checkpoint: dict, device: torch.device | str = "cpu") -> UNet:
+    """The trained network of a checkpoint, in evaluation mode."""
+    try:
+        net = UNet(**checkpoint["network"])
+        net.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"the checkpoint's weights do not fit its network ({str(error).splitlines()[0]})") from None
+    return net.to(device, memory_format=torch.channels_last).eval()
+
+
+@torch.inference_mode()
+def predict_volume(
+    net: UNet, volume: np.ndarray, *, precision: torch.dtype = torch.float32, batch_size: int = 16, flip: bool = False
+) -> np.ndarray:
+    """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), `batch_size` slices at a time.
+
+    With `flip`, the mean over the slice and its three mirror images (left-right, front-back, both).
+    """
+    device = next(net.parameters()).device
+    probability = np.empty(volume.shape, np.float32)  # on the host: the GPU holds one batch, however long the scan
+    for start in range(0, len(volume), batch_size):
+        x = torch.from_numpy(np.ascontiguousarray(volume[start : start + batch_size], np.float32))[:, None]
+        x = x.to(device, memory_format=torch.channels_last)
+        views = [(), (2,), (3,), (2, 3)] if flip else [()]
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            mean = sum(net.predict(x.flip(axes)).flip(axes) for axes in views) / len(views)
+        probability[start : start + batch_size] = mean[:, 0].cpu()
+    return probability
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest face-connected part of a bool mask, any number of axes; an empty mask stays empty."""
+    parts, count = ndimage.label(mask)
+    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else mask
+
+
+def write_like(path: Path, array: np.ndarray, scan: Scan) -> None:
+    """Write an array (D, H, W) on the scan's own grid: the file's shape, affine and header codes, the array's dtype."""
+    source = scan.source
+    image = type(source)(scan.restore(array), source.affine, source.header)
+    image.set_data_dtype(array.dtype)
+    image.header.set_slope_inter(1, 0)
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's display window would hide a mask of 0 and 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # nibabel needs to see the .nii or .nii.gz
+    try:
+        nib.save(image, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def find_scans(paths: Sequence[str]) -> list[Pair]:
+    """The scans of files and folders, in the order given."""
+    pairs = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            pairs += find_pairs(path, labels=False)
+        else:
+            name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+            pairs.append(Pair(name, path))
+    names = [pair.name for pair in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{twice[0]}: given twice; their masks would have one name, predict them into two folders")
+    return pairs
+
+
+def summarise(rows: Sequence[dict]) -> str:
+    """One line: Dice over the scans (mean, standard deviation, worst), distances where both masks have voxels."""
+    dice = np.array([row["dice"] for row in rows])
+    worst = rows[int(dice.argmin())]
+    line = (
+        f"Dice {dice.mean():.4f} ± {dice.std():.4f} over {len(rows)} scans, worst {worst['dice']:.4f} ({worst['name']})"
+    )
+    line += f", Jaccard {np.mean([row['jaccard'] for row in rows]):.4f}"
+    for name in ("hd95", "assd"):
+        finite = [row[name] for row in rows if np.isfinite(row[name])]
+        if finite:
+            line += f", {name.upper()} {np.mean(finite):.2f} ± {np.std(finite):.2f} mm"
+    failed = sum(not np.isfinite(row["hd95"]) for row in rows)
+    return line + (f"; {failed} scans with one mask empty are left out of the distances" if failed else "")
+
+
+def predict(args: argparse.Namespace) -> list[dict]:
+    """Predict every scan of `args.scans`; returns a row for each: name, mask, and its scores where there is a label."""
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.checkpoint)
+    net, recipe = load_network(checkpoint, device), checkpoint["preprocess"]
+    precision = pick_precision(args.precision, device)
+    keep_freed_memory()
+    out = Path(args.out)
+    pairs, split = find_scans(args.scans), checkpoint.get("split", {"train": [], "val": []})
+    if args.held_out:
+        pairs = [pair for pair in pairs if pair.name in split["val"]]
+        if not pairs:
+            raise DataError(
+                f"--held-out: none of the scans is among the {len(split['val'])} validation scans of the run"
+            )
+    labels = nifti_files(Path(args.labels)) if args.labels else {}
+    unlabelled = [pair.name for pair in pairs if args.labels and pair.name not in labels]
+    if unlabelled:
+        raise DataError(f"{args.labels}: no label for {', '.join(unlabelled)}; scans and labels are matched by name")
+    seen = [pair.name for pair in pairs if pair.name in split["train"]]
+    if args.labels and seen:
+        print(f"note: {len(seen)} of {len(pairs)} scans have names that the network was trained on; "
+              "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)  # fmt: skip
+
+    rows: list[dict] = []
+    for pair in tqdm(pairs, desc="predicting", unit="scan", disable=None):
+        target = out / (f"{pair.name}.nii" if pair.image.suffix == ".nii" else f"{pair.name}.nii.gz")
+        if target.resolve() == pair.image.resolve():
+            raise DataError(f"{pair.image}: the mask would overwrite the scan; choose another --out")
+        scan = read_scan(pair.image, recipe["axis"])
+        truth = read_mask(labels[pair.name], scan, recipe["axis"], recipe["label"]) if labels else None
+        try:
+            volume = preprocess(scan.array, scan.spacing, recipe)
+            probability = predict_volume(net, volume, precision=precision, batch_size=args.batch_size, flip=args.flip)
+        except DataError as error:
+            raise DataError(f"{pair.image}: {error}") from None
+        except torch.OutOfMemoryError:
+            raise DataError(f"{pair.image}: out of GPU memory; lower --batch-size {args.batch_size}") from None
+        probability = undo_preprocess(probability, scan.array.shape, recipe)
+        mask = probability > 0.5
+        if args.largest_component:
+            mask = largest_component(mask)
+        write_like(target, mask.astype(np.uint8), scan)
+        if args.probability:
+            write_like(target.with_name(f"{pair.name}_probability{target.name[len(pair.name) :]}"), probability, scan)
+        if args.movie:
+            masks = [mask] if truth is None else [mask, truth.astype(bool)]
+            visualize.save_gif(visualize.movie(scan.array, masks, scan.spacing), out / f"{pair.name}.gif")
+        rows.append({"name": pair.name, "mask": str(target)})
+        if truth is not None:
+            rows[-1] |= score(mask, truth.astype(bool), scan.spacing)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write masks for scans, and score them if labels are given.")
+    parser.add_argument("scans", nargs="+", metavar="SCAN_OR_FOLDER", help=".nii, .nii.gz, or a folder of them")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the masks")
+    parser.add_argument("--labels", metavar="DIR", help="label files of the same names: scores.csv and a summary")
+    parser.add_argument("--held-out", action="store_true", help="only the scans that the run kept for validation")
+    parser.add_argument("--probability", action="store_true", help="also write the probabilities, as float32")
+    parser.add_argument("--largest-component", action="store_true", help="keep the largest connected part only")
+    parser.add_argument("--flip", action="store_true", help="average over mirror images: 4 times the work")
+    parser.add_argument("--movie", action="store_true", help="also a GIF of mask over scan, slice by slice")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="slices at a time (default %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    args = parser.parse_args(argv)
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    try:
+        if args.batch_size < 1:
+            raise DataError(f"--batch-size {args.batch_size}: expected at least 1")
+        rows = predict(args)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{len(rows)} masks in {args.out}")
+    if args.labels:
+        path = Path(args.out) / "scores.csv"
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"{path}\n{summarise(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
