@@ -77,6 +77,7 @@ def main() -> int:
         "log": checkpoint["log"],
     }
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{path}\nfrom the masks on disk: {predict.summarise(scores)}")
     return 0
