@@ -408,7 +408,7 @@ def import_imgaug():
     """imgaug 0.4.0, its last release, on the NumPy of today; imported here only, and only to augment."""
     if not hasattr(np, "sctypes"):  # Removed in NumPy 2; imgaug reads it once, at import.
         np.sctypes = {kind: [np.dtype(f"{kind}{bits}").type for bits in sizes] for kind, sizes in
-                      (("int", (8, 16, 32, 64)), ("uint", (8, 16, 32, 64)), ("float", (16, 32, 64)))}  # fmt: skip
+                      (("int", (8, 16, 32, 64)), ("uint", (8, 16, 32, 64)), ("float", (16, 32, 64)))}
     try:
         import cv2
         import imgaug.augmenters
@@ -568,8 +568,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     row = "{name:20} {shape:>16} {spacing:>20} {orientation:>5} {low:>8} {high:>8} {foreground:>10} {slices:>6}"
-    print(row.format(name="scan", shape="voxels (D H W)", spacing="spacing (D H W) mm", orientation="axes", low="lowest",
-                     high="highest", foreground="foreground", slices="slices"))  # fmt: skip
+    print(row.format(name="scan", shape="voxels (D H W)", spacing="spacing (D H W) mm", orientation="axes",
+                     low="lowest", high="highest", foreground="foreground", slices="slices"))
     for r in rows:
         print(row.format(**r))
     for problem in problems:

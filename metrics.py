@@ -46,9 +46,8 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
     Returns:
         dice: 2 |P and T| / (|P| + |T|), 0 to 1.
         jaccard: |P and T| / |P or T|, 0 to 1.
-        hd95: 95th percentile of the surface distances of both directions, pooled, in mm (MedPy's definition, which the
-            left-atrium literature uses; the maximum of the two directed percentiles, MONAI's, is a little larger).
-        assd: average symmetric surface distance, the mean of the two directed means, in mm.
+        hd95, assd: 95th percentile and mean of the surface distances of both directions, pooled, in mm (as in MedPy,
+            which the left-atrium literature uses; MONAI's hd95 is the larger of the two directed percentiles).
         volume_ml, truth_ml: volume of prediction and truth.
 
     Raises:
@@ -65,8 +64,7 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
     overlap, predicted, true = (int(np.count_nonzero(mask)) for mask in (prediction & truth, prediction, truth))
     if predicted and true:
         distances = surface_distances(prediction, truth, spacing)
-        n = np.count_nonzero(prediction & ~ndimage.binary_erosion(prediction))
-        hd95, assd = np.percentile(distances, 95), (distances[:n].mean() + distances[n:].mean()) / 2
+        hd95, assd = np.percentile(distances, 95), distances.mean()
     else:
         hd95 = assd = np.inf if predicted or true else 0.0
     voxel_ml = float(np.prod(spacing)) / 1000

@@ -84,7 +84,7 @@ ANATOMY = (
     ("left atrium",      "blood",  2, tube,      (-20, -8, -6),    (-64, -30, -15), (8, 4)),   # left inferior
 )
 BRIGHTNESS = {"blood": 0.85, "fat": 0.85, "soft": 0.52, "bone": 0.46, "liver": 0.42, "muscle": 0.28, "canal": 0.12,
-              "lung": 0.08}  # of air: 0
+              "lung": 0.08}  # air is 0
 # fmt: on
 
 # ----------------------------------------------------------------------------------------------------------- one scan

@@ -210,7 +210,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
     seen = [pair.name for pair in pairs if pair.name in split["train"]]
     if args.labels and seen:
         print(f"note: {len(seen)} of {len(pairs)} scans have names that the network was trained on; "
-              "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)  # fmt: skip
+              "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
 
     rows: list[dict] = []
     for pair in tqdm(pairs, desc="predicting", unit="scan", disable=None):

@@ -8,8 +8,9 @@ with the same weights to the last bit.
     python train.py --data phantom --width 8 --epochs 6         # synthetic scans: minutes on a laptop's CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
-    python train.py --data Task02_Heart --norm none --loss dice --schedule constant --lr 1e-4 --weight-decay 0 --clip 0 \\
-        --augment seed --normalise minmax --crop 32 --width 64  # the recipe that this project started from
+    # the recipe that this project started from:
+    python train.py --data Task02_Heart --width 64 --norm none --loss dice --lr 1e-4 --schedule constant \\
+        --weight-decay 0 --clip 0 --augment seed --normalise minmax --crop 32
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ from torch.utils.data.distributed import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import data
 import visualize
-from data import CachedScan, DataError, SliceDataset, cache_scans, find_pairs, fit, slice_axis, split_scans, survey
-from data import undo_preprocess, write_atomically  # fmt: skip
+from data import DataError
 from losses import BCEDiceLoss, DiceLoss
 from predict import VERSION, keep_freed_memory, load_checkpoint, pick_device, pick_precision, predict_volume
 from unet import UNet
 
+LOWEST = {"epochs": 1, "batch_size": 1, "width": 1, "depth": 0, "crop": 0, "clip": 0, "workers": 0, "limit_batches": 1,
+          "overfit": 1}  # of the numeric arguments
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -92,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overfit", type=int, metavar="N", help="train and validate on the same N slices: can it learn at all?")
 
     args = parser.parse_args(argv)
-    for flag, lowest in dict(epochs=1, batch_size=1, width=1, depth=0, crop=0, limit_batches=1, overfit=1).items():
+    for flag, lowest in LOWEST.items():
         value = getattr(args, flag)
         if value is not None and value < lowest:
             parser.error(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
@@ -121,8 +124,8 @@ def lr_at(step: int, total: int, peak: float, schedule: str = "onecycle") -> flo
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def load_data(args: argparse.Namespace) -> tuple[list[CachedScan], list[CachedScan], dict, dict, tuple[int, int]]:
-    """Training scans, validation scans, split, preprocessing recipe and slice size (H, W) of a run."""
+def load_data(args: argparse.Namespace) -> tuple[list, list, dict, dict, tuple[int, int]]:
+    """Training and validation scans (`data.CachedScan`), split, preprocessing recipe and slice size (H, W) of a run."""
     cache = Path(args.cache)
     if args.data == "phantom":
         import phantom
@@ -130,14 +133,14 @@ def load_data(args: argparse.Namespace) -> tuple[list[CachedScan], list[CachedSc
         root = phantom.write_dataset(cache / "phantom", scans=15, seed=0)
     else:
         root = Path(args.data)
-    pairs = find_pairs(root)
-    split = split_scans([pair.name for pair in pairs], args.folds, args.fold)
-    spacing = survey(pairs, cache)
-    axis = slice_axis(spacing) if args.axis is None else args.axis
+    pairs = data.find_pairs(root)
+    split = data.split_scans([pair.name for pair in pairs], args.folds, args.fold)
+    spacing = data.survey(pairs, cache)
+    axis = data.slice_axis(spacing) if args.axis is None else args.axis
     # The order of the upright axes for each slice axis (data.PLANES); the slice axis itself is not resampled in 2D.
     target = [None, *((spacing[2], spacing[1]), (spacing[2], spacing[0]), (spacing[1], spacing[0]))[axis]]
     recipe = {"axis": axis, "label": args.label, "spacing": target, "crop": args.crop, "normalise": args.normalise}
-    scans = {scan.name: scan for scan in cache_scans(pairs, recipe, cache)}
+    scans = {scan.name: scan for scan in data.cache_scans(pairs, recipe, cache)}
     if not any(sum(scan.foreground) for scan in scans.values()):
         raise DataError(f"{root}: no label file holds foreground (--label {args.label}); there is nothing to learn")
     train, val = ([scans[name] for name in split[part]] for part in ("train", "val"))
@@ -152,7 +155,7 @@ def load_data(args: argparse.Namespace) -> tuple[list[CachedScan], list[CachedSc
 
 
 def evaluate(
-    net: UNet, scans: Iterable[CachedScan], recipe: dict, precision: torch.dtype, batch_size: int
+    net: UNet, scans: Iterable[data.CachedScan], recipe: dict, precision: torch.dtype, batch_size: int
 ) -> list[dict]:
     """Score each scan in its own space: integer counts over the volume, divided once.
 
@@ -165,7 +168,7 @@ def evaluate(
         slices = list(scan.slices)
         image, mask, truth = (np.load(path, mmap_mode="r")[slices] for path in (scan.image, scan.mask, scan.truth))
         probability = predict_volume(net, image, precision=precision, batch_size=batch_size)
-        prediction, truth = undo_preprocess(probability, truth.shape, recipe) > 0.5, truth.astype(bool)
+        prediction, truth = data.undo_preprocess(probability, truth.shape, recipe) > 0.5, truth.astype(bool)
         overlap, predicted, true = (int(np.count_nonzero(m)) for m in (prediction & truth, prediction, truth))
         fullest = int(mask.sum(axis=(1, 2)).argmax())
         rows.append(
@@ -186,23 +189,38 @@ def panels(rows: Sequence[dict]):
     shown = [row["panel"] for row in rows[:4]]
     size = np.max([image.shape for image, _, _ in shown], axis=0)
     images, truths, probabilities = (
-        np.stack([fit(array, size) for array in arrays]) for arrays in zip(*shown, strict=True)
+        np.stack([data.fit(array, size) for array in arrays]) for arrays in zip(*shown, strict=True)
     )
     titles = [f"{row['name']}  Dice {row['dice']:.3f}" for row in rows[:4]]
     return visualize.compare(images, truths, probabilities, titles)
 
 
-def write_log(path: Path, rows: Sequence[dict]) -> None:
-    """The whole log, anew each epoch: after a resume no row stands twice."""
+def write_log(log: Sequence[dict], out: Path, writer: SummaryWriter) -> None:
+    """log.csv, the whole of it each epoch, so that after a resume no row stands twice; the last row to TensorBoard."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    table = csv.DictWriter(text, fieldnames=list(log[-1]))
+    table.writeheader()
+    table.writerows(log)
+    data.write_atomically(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+    for name, value in log[-1].items():
+        writer.add_scalar(name, value, log[-1]["epoch"])
+    writer.flush()
 
 
-def summarise_training(losses: torch.Tensor, norms: torch.Tensor) -> dict[str, float]:
-    """Means over the steps of an epoch that were taken; a step with a non-finite gradient was skipped, and is counted."""
+def write_json(content, file) -> None:
+    file.write(json.dumps(content, indent=1).encode())
+
+
+def bar(batches: Iterable, title: str, steps: int, batch_size: int) -> Iterable:
+    """A progress bar in slices per second, quiet where the output is no terminal."""
+    with tqdm(total=steps * batch_size, desc=title, unit=" slices", leave=False, disable=None) as shown:
+        for batch in batches:
+            yield batch
+            shown.update(batch_size)
+
+
+def training_summary(losses: torch.Tensor, norms: torch.Tensor) -> dict[str, float]:
+    """Means over the steps of an epoch that were taken, and the number of those that were not: non-finite gradients."""
     taken = torch.isfinite(norms)
     return {
         "train_loss": losses[taken].mean().item(),
@@ -211,8 +229,8 @@ def summarise_training(losses: torch.Tensor, norms: torch.Tensor) -> dict[str, f
     }
 
 
-def summarise_validation(rows: Sequence[dict]) -> dict[str, float]:
-    """Dice over the scans (each scan counts the same), and the share of all voxels that is, and that was called, organ."""
+def validation_summary(rows: Sequence[dict]) -> dict[str, float]:
+    """Dice over the scans, each counting the same; the share of the voxels that is organ, and that was called organ."""
     dice = np.array([row["dice"] for row in rows] or [math.nan])
     voxels = sum(row["voxels"] for row in rows) or math.nan
     return {
@@ -239,14 +257,14 @@ def closing(result: dict, args: argparse.Namespace) -> str:
     """What a run reached, where it lies, and the command to type next."""
     lines = [""]
     if result["scans"]:
-        lines += [f"  {name:24} {dice:.4f}" for name, dice in sorted(result["scans"].items(), key=lambda item: item[1])]
-        dice = np.array(list(result["scans"].values()))
-        lines += [f"Dice {dice.mean():.4f} ± {dice.std():.4f} over {len(dice)} scans, worst {dice.min():.4f}, last epoch "
-                  f"(best epoch {result['best']:.4f}, chosen on these scans)"]  # fmt: skip
-    data = "cache/phantom" if args.data == "phantom" else args.data
-    command = ["python", "predict.py", data, "--checkpoint", result["checkpoint"], "--out", f"{result['out']}/masks"]
+        dice = np.sort(list(result["scans"].values()))
+        lines += [f"  {name:24} {dice:.4f}" for name, dice in result["scans"].items()]
+        lines += [f"Dice {dice.mean():.4f} ± {dice.std():.4f} over {len(dice)} scans, worst {dice.min():.4f}; "
+                  f"last epoch (the best, chosen on these scans: {result['best']:.4f})"]
+    source = str(Path(args.cache) / "phantom") if args.data == "phantom" else args.data
+    command = ["python", "predict.py", source, "--checkpoint", result["checkpoint"], "--out", f"{result['out']}/masks"]
     lines += [f"{result['seconds'] / 60:.1f} minutes; weights, log.csv, curves.png, validation.png in {result['out']}",
-              f"next: {shlex.join(command)}"]  # fmt: skip
+              f"next: {shlex.join(command)}"]
     return "\n".join(lines)
 
 
@@ -254,7 +272,7 @@ def closing(result: dict, args: argparse.Namespace) -> str:
 FREE = {"out", "resume", "logs", "cache", "data", "device", "workers", "compile", "epochs"}
 
 
-def resume(args: argparse.Namespace, device: torch.device) -> dict | None:
+def find_checkpoint(args: argparse.Namespace, device: torch.device) -> dict | None:
     """The checkpoint to go on from, or None for a new run. Raises DataError where the two do not belong together."""
     last = Path(args.out) / "last.pt"
     if not last.exists():
@@ -265,10 +283,10 @@ def resume(args: argparse.Namespace, device: torch.device) -> dict | None:
     for flag, value in checkpoint["args"].items():
         if flag not in FREE and getattr(args, flag) != value:
             raise DataError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {last} was trained with {value}; "
-                            "repeat its arguments, or choose another --out")  # fmt: skip
+                            "repeat its arguments, or choose another --out")
     if args.epochs != checkpoint["args"]["epochs"] and args.schedule != "constant":
         print(f"note: the schedule was laid out for {checkpoint['args']['epochs']} epochs; from here on it is that of "
-              f"{args.epochs}, so the result is not that of a run of {args.epochs}", file=sys.stderr)  # fmt: skip
+              f"{args.epochs}, so the result is not that of a run of {args.epochs}", file=sys.stderr)
     return checkpoint
 
 
@@ -277,6 +295,8 @@ def resume(args: argparse.Namespace, device: torch.device) -> dict | None:
 
 def train(args: argparse.Namespace) -> dict:
     """Train, and say how well the network of the last epoch does.
+
+    The comments on the right name the Lightning hook, method or argument that does the same there.
 
     Returns:
         dice: mean over the validation scans after the last epoch (None without validation), not the best epoch's,
@@ -289,155 +309,119 @@ def train(args: argparse.Namespace) -> dict:
     """
     started, out = time.perf_counter(), Path(args.out)
 
-    torch.manual_seed(args.seed)  # .................................................................... seed_everything
+    torch.manual_seed(args.seed)                                                        # seed_everything
     print(f"seed       {args.seed}")
 
-    device = pick_device(
-        args.device
-    )  # .................................................. Trainer(accelerator, devices)
-    precision = pick_precision(
-        args.precision, device
-    )  # ............................................ Trainer(precision)
+    device = pick_device(args.device)                                                   # Trainer(accelerator=)
+    precision = pick_precision(args.precision, device)                                  # Trainer(precision=)
+    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
+    torch.backends.cudnn.benchmark = True                                               # Trainer(benchmark=)
     keep_freed_memory()
-    torch.backends.cudnn.benchmark = True  # every batch has one size, so measuring the kernels once pays
-    print(f"device     {device}, {str(precision).removeprefix('torch.')}, {args.workers} workers")
+    print(f"device     {device}, {str(precision).removeprefix('torch.')}")
 
-    saved = resume(args, device)
-    train_scans, val_scans, split, recipe, size = load_data(args)  # ........................................... setup
+    saved = find_checkpoint(args, device)
+    train_scans, val_scans, split, recipe, size = load_data(args)                       # DataModule.setup
     if saved and saved["split"] != split:
         raise DataError(f"{args.data}: holds other scans than the run in {out} was started with; choose another --out")
     val_scans = val_scans[: args.limit_batches]
-    train_set = SliceDataset(train_scans, size, augment=args.augment if not args.overfit else "none", seed=args.seed)
-    sampler = DistributedSampler(train_set, num_replicas=1, rank=0, seed=args.seed)  # shuffled by (seed, epoch) alone
-    loader = DataLoader(  # ........................................................................... train_dataloader
-        train_set,
-        args.batch_size,
-        sampler=sampler,
-        num_workers=args.workers,
+    train_set = data.SliceDataset(train_scans, size, augment="none" if args.overfit else args.augment, seed=args.seed)
+    sampler = DistributedSampler(train_set, num_replicas=1, rank=0, seed=args.seed)     # order: (seed, epoch) alone
+    loader = DataLoader(                                                                # train_dataloader
+        train_set, args.batch_size, sampler=sampler, num_workers=args.workers, persistent_workers=args.workers > 0,
         pin_memory=device.type == "cuda",
-        persistent_workers=args.workers > 0,
     )
-    print(f"data       {len(train_scans)} scans, {len(train_set)} slices of {size[0]} x {size[1]} to train on, "
-          f"{len(val_scans)} scans to validate on")  # fmt: skip
+    print(f"data       {len(split['train'])} scans to train on, {len(val_scans)} to validate on; "
+          f"{len(train_set)} slices of {size[0]} x {size[1]}, {args.workers} workers")
 
-    network = {"in_channels": 1, "out_channels": 1, "dims": 2, "width": args.width, "depth": args.depth}
-    network |= {"norm": args.norm, "attention": False}
-    net = UNet(**network).to(device, memory_format=torch.channels_last)  # ............................. configure_model
+    network = {"in_channels": 1, "out_channels": 1, "dims": 2, "width": args.width, "depth": args.depth,
+               "norm": args.norm, "attention": False}
+    net = UNet(**network).to(device, memory_format=torch.channels_last)                 # configure_model
     forward = torch.compile(net) if args.compile else net  # `net` keeps the plain names for the checkpoint
     print(f"network    U-Net, width {args.width}, depth {args.depth}, norm {args.norm}: "
-          f"{sum(p.numel() for p in net.parameters()):,} parameters")  # fmt: skip
+          f"{sum(p.numel() for p in net.parameters()):,} parameters")
 
     loss_function = LOSSES[args.loss]()
-    # Fused: the whole step is one kernel, and it can be skipped without the host waiting for the GPU to decide.
+    # Fused: a step is one kernel, which can leave the weights alone without the host waiting for the GPU to decide.
     fused = device.type in ("cpu", "cuda")
-    optimizer = (
-        torch.optim.AdamW(  # .............................................................. configure_optimizers
-            net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=fused
-        )
-    )
-    # float16 needs the scale. The others get a scale of 1, for the scaler's other service: to skip a non-finite step.
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
+    #                                                                                   # configure_optimizers
+    # float16 needs the scale. The others keep a scale of 1, for the scaler's other service: it skips non-finite steps.
     scaling = {} if precision == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
     scaler = torch.amp.GradScaler(device.type, enabled=fused, **scaling)
     steps = min(len(loader), args.limit_batches or len(loader))
-    total_steps = args.epochs * steps
     print(f"optimiser  AdamW, {args.schedule} to {args.lr:g}, {args.epochs} epochs of {steps} steps")
 
     first, log, best = 0, [], math.nan
-    if saved:  # .................................................................................... on_load_checkpoint
+    if saved:                                                                           # on_load_checkpoint
         net.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"].cpu())
         first, log, best = saved["epoch"] + 1, saved["log"], saved["best"]
-    out.mkdir(parents=True, exist_ok=True)
     for name, content in (("args.json", vars(args)), ("split.json", split)):
-        write_atomically(out / name, lambda file, content=content: file.write(json.dumps(content, indent=1).encode()))
-    writer = SummaryWriter(Path(args.logs) / out.name, purge_step=first)
-    print(f"run        {out}, epoch {first + 1} to {args.epochs}; tensorboard --logdir {args.logs}")
+        data.write_atomically(out / name, partial(write_json, content))
+    writer = SummaryWriter(Path(args.logs) / out.name, purge_step=first)                # Trainer(logger=)
+    print(f"run        {out}, {f'goes on after epoch {first}' if first else 'new'}; tensorboard --logdir {args.logs}")
 
-    rows: list[dict] = []
-    for epoch in range(
-        first, args.epochs
-    ):  # ..................................................... Trainer.fit, or _FitLoop
-        # -- train ---------------------------------------------------------------------------- on_train_epoch_start
+    for epoch in range(first, args.epochs):                                             # Trainer.fit
+
+        # -- train ---------------------------------------------------------------------- on_train_epoch_start
         sampler.set_epoch(epoch)
         train_set.set_epoch(epoch)
         net.train()
         losses, norms, waited, begun = [], [], 0.0, time.perf_counter()
-        bar = tqdm(
-            loader, desc=f"epoch {epoch + 1}/{args.epochs}", total=steps, unit="batch", leave=False, disable=None
-        )
-        ready = time.perf_counter()
-        for i, (image, mask) in enumerate(
-            bar
-        ):  # .......................................................... on_train_batch_start
+        ready = begun
+        for i, (image, mask) in enumerate(bar(loader, f"epoch {epoch + 1}/{args.epochs}", steps, args.batch_size)):
             waited += time.perf_counter() - ready
-            lr = lr_at(epoch * steps + i, total_steps, args.lr, args.schedule)  # .................. lr_scheduler_step
+            image = image.to(device, memory_format=torch.channels_last, non_blocking=True)
+            mask = mask.to(device, non_blocking=True)                                   # transfer_batch_to_device
+            lr = lr_at(epoch * steps + i, args.epochs * steps, args.lr, args.schedule)  # lr_scheduler_step
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            image = image.to(device, memory_format=torch.channels_last, non_blocking=True)  # transfer_batch_to_device
-            mask = mask.to(device, non_blocking=True)
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                logits = forward(
-                    image
-                )  # ................................................................ training_step
+            with autocast():                                                            # training_step
+                logits = forward(image)
             loss = loss_function(logits.float(), mask)  # in float32, outside autocast
-            optimizer.zero_grad()  # ................................................................. optimizer_zero_grad
-            scaler.scale(
-                loss
-            ).backward()  # .................................................................... backward
-            scaler.unscale_(
-                optimizer
-            )  # ........................................................ on_before_optimizer_step
-            norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)  # . configure_gradient_clipping
-            scaler.step(
-                optimizer
-            )  # ........................................................................ optimizer_step
+            optimizer.zero_grad()                                                       # optimizer_zero_grad
+            scaler.scale(loss).backward()                                               # backward
+            scaler.unscale_(optimizer)                                                  # on_before_optimizer_step
+            norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)    # configure_gradient_clipping
+            scaler.step(optimizer)                                                      # optimizer_step
             scaler.update()
-            losses.append(
-                loss.detach()
-            )  # on the device: the host reads them once an epoch .......... on_train_batch_end
+            losses.append(loss.detach())  # stays on the device: read once an epoch     # on_train_batch_end
             norms.append(norm)
             if i + 1 == steps:
                 break
             ready = time.perf_counter()
-        losses, norms = (
-            torch.stack(losses).cpu(),
-            torch.stack(norms).cpu(),
-        )  # .......................... on_train_epoch_end
+        losses, norms = torch.stack(losses).cpu(), torch.stack(norms).cpu()             # on_train_epoch_end
         seconds = time.perf_counter() - begun
 
-        # -- evaluate -------------------------------------------------------------------- validation_step, per scan
-        rows = evaluate(net, tqdm(val_scans, desc="validating", unit="scan", leave=False, disable=None), recipe,
-                        precision, args.batch_size)  # fmt: skip
+        # -- evaluate ------------------------------------------------------------------- validation_step
+        rows = evaluate(net, val_scans, recipe, precision, args.batch_size)
 
-        # -- log ------------------------------------------------------------------------------------------- self.log
-        log.append({"epoch": epoch, **summarise_training(losses, norms), **summarise_validation(rows), "lr": lr,
+        # -- log ------------------------------------------------------------------------ log, log_dict
+        log.append({"epoch": epoch, **training_summary(losses, norms), **validation_summary(rows), "lr": lr,
                     "seconds": seconds, "slices_per_second": len(losses) * args.batch_size / seconds,
-                    "waiting": waited / seconds})  # fmt: skip
-        write_log(out / "log.csv", log)
-        for name, value in log[-1].items():
-            writer.add_scalar(name, value, epoch)
+                    "waiting": waited / seconds})
+        write_log(log, out, writer)
         if rows:
             figure = panels(rows)
-            writer.add_image("validation", visualize.rgb(figure), epoch, dataformats="HWC")
             visualize.save(figure, out / "validation.png")
-        writer.flush()
+            writer.add_image("validation", visualize.rgb(figure), epoch, dataformats="HWC")
         print(describe(log[-1], args.epochs), flush=True)
 
-        # -- save ---------------------------------------------------------------------- ModelCheckpoint, on_save_checkpoint
-        is_best = not best >= log[-1]["dice_mean"]  # without validation, every epoch
-        best = log[-1]["dice_mean"] if is_best else best
+        # -- save ----------------------------------------------------------------------- on_save_checkpoint
+        improved = not best >= log[-1]["dice_mean"]  # nan, without validation, counts as better
+        best = log[-1]["dice_mean"] if improved else best
         checkpoint = {"version": VERSION, "model": net.state_dict(), "network": network, "preprocess": recipe,
                       "split": split, "epoch": epoch, "step": (epoch + 1) * steps, "best": best, "log": log,
                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                      "rng": torch.get_rng_state(), "args": vars(args)}  # fmt: skip
-        for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
-            write_atomically(out / name, partial(torch.save, checkpoint))
+                      "rng": torch.get_rng_state(), "args": vars(args)}
+        for name in ("last.pt", "best.pt") if improved else ("last.pt",):               # ModelCheckpoint
+            data.write_atomically(out / name, partial(torch.save, checkpoint))
 
-    writer.close()  # ........................................................................................ teardown
+    writer.close()                                                                      # teardown
     visualize.save(visualize.curves(log), out / "curves.png")
-    if not rows:  # a finished run, resumed
+    if first >= args.epochs:  # resumed after its end: nothing was left but to look
         rows = evaluate(net, val_scans, recipe, precision, args.batch_size)
     result = {
         "dice": float(np.mean([row["dice"] for row in rows])) if rows else None,
@@ -464,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with --out {args.out} --resume goes on from the last epoch that "
-              "was saved", file=sys.stderr)  # fmt: skip
+              "was saved", file=sys.stderr)
         return 130
     return 0
 

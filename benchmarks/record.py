@@ -2,8 +2,8 @@
 
     python benchmarks/record.py NAME --data DIR [any other argument of train.py]     # benchmarks/results/NAME.json
 
-Every accuracy in the README is read from such a file. It names the command, commit, hardware, library versions and date,
-and holds the scores of each scan (of the last epoch, from the masks on disk, distances in mm) and the training log.
+Every accuracy in the README is read from such a file. It names the command, commit, hardware, versions and date, and
+holds the scores of each scan (of the last epoch, from the masks on disk, distances in mm) and the training log.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), platform.processor())
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    model = names[0] if names else platform.processor()
     return f"CPU, {os.cpu_count()} cores, {model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -53,7 +54,7 @@ def main() -> int:
             held_out=True, probability=False, largest_component=False, flip=False, movie=False, batch_size=16,
             device=args.device, precision=args.precision,
         )
-    )  # fmt: skip
+    )
     checkpoint = predict.load_checkpoint(result["checkpoint"])
     scores = [{key: row[key] for key in row if key != "mask"} for row in rows]
     mean = {key: float(np.mean([row[key] for row in scores])) for key in scores[0] if key != "name"}
