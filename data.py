@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -337,13 +337,13 @@ def write_atomically(path: Path, write: Callable) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def survey(pairs: Sequence[Pair], cache: Path | None = None) -> tuple[float, float, float]:
+def survey(pairs: Sequence[Pair], folder: str | Path | None = None) -> tuple[float, float, float]:
     """Median spacing in mm along the patient's axes, (left-right, posterior-anterior, inferior-superior).
 
-    Read from the headers of the scans, and kept in the cache for as long as none of them changes.
+    Read from the headers, and kept in a file of the cache `folder` for as long as no scan changes.
     """
     key = hashlib.sha256(json.dumps([identity(pair.image) for pair in pairs]).encode()).hexdigest()[:16]
-    index = Path(cache) / f"survey-{key}.json" if cache else None
+    index = Path(folder) / f"survey-{key}.json" if folder else None
     if index:
         with contextlib.suppress(OSError, ValueError):
             return tuple(json.loads(index.read_text()))
@@ -359,14 +359,14 @@ def slice_axis(spacing: Sequence[float]) -> int:
     return max(range(3), key=lambda axis: (spacing[axis], axis))
 
 
-def cache_scan(pair: Pair, recipe: dict, cache: Path) -> CachedScan:
+def cache_scan(pair: Pair, recipe: dict, folder: Path) -> CachedScan:
     """Read, preprocess and store one scan and its mask, unless they lie in the cache already.
 
     The key is made of the files' identities and the recipe. The index (.json) is written last: where it is there and
     the arrays open, the entry is sound; anything else is made anew.
     """
     key = hashlib.sha256(json.dumps([CACHE_VERSION, identity(pair.image), identity(pair.label), recipe]).encode())
-    stem = cache / f"{pair.name[:80]}-{key.hexdigest()[:16]}"
+    stem = folder / f"{pair.name[:80]}-{key.hexdigest()[:16]}"
     paths = {kind: stem.with_name(f"{stem.name}.{kind}.npy") for kind in ("image", "mask", "truth")}
     index = stem.with_name(f"{stem.name}.json")
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
@@ -391,14 +391,14 @@ def cache_scan(pair: Pair, recipe: dict, cache: Path) -> CachedScan:
     entry = {kind: array.shape for kind, array in arrays.items()}
     entry |= {"spacing": scan.spacing, "foreground": mask.sum((1, 2), dtype=int).tolist()}
     write_atomically(index, lambda file: file.write(json.dumps(entry).encode()))
-    return cache_scan(pair, recipe, cache)
+    return cache_scan(pair, recipe, folder)
 
 
-def cache_scans(pairs: Sequence[Pair], recipe: dict, cache: Path, quiet: bool | None = None) -> list[CachedScan]:
+def cache_scans(pairs: Sequence[Pair], recipe: dict, folder: str | Path) -> list[CachedScan]:
     """`cache_scan` for a whole data set, on all cores: reading and unzipping release Python's lock."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(partial(cache_scan, recipe=recipe, cache=Path(cache)), pairs)
-        return list(tqdm(jobs, total=len(pairs), desc="reading", unit="scan", disable=quiet))
+        jobs = pool.map(partial(cache_scan, recipe=recipe, folder=Path(folder)), pairs)
+        return list(tqdm(jobs, total=len(pairs), desc="reading", unit="scan", leave=False, disable=None))
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation
@@ -432,8 +432,14 @@ def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.nda
         kind: "none"; "seed": rotation by -45 to 45 degrees, scale 0.85 to 1.15, elastic deformation; "full": that,
             then contrast, brightness, noise and blur (intensities in deviations of the scan).
     """
-    if kind == "none":
-        return keep
+    if kind != "none":
+        pipeline(kind)  # now, so that a missing library is told before the workers start
+    return partial(augment, kind)
+
+
+@cache
+def pipeline(kind: str):
+    """The imgaug augmenters, built once in each process: imgaug's objects cannot be unpickled in a spawned worker."""
     iaa = import_imgaug()
     steps = [
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45)),
@@ -446,17 +452,16 @@ def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.nda
             iaa.Sometimes(0.25, iaa.AdditiveGaussianNoise(scale=(0, 0.2))),
             iaa.Sometimes(0.25, iaa.GaussianBlur(sigma=(0.0, 1.0))),
         ]
-    return partial(augment, iaa.Sequential(steps))
+    return iaa.Sequential(steps)
 
 
-def keep(image: np.ndarray, mask: np.ndarray, entropy: int) -> tuple[np.ndarray, np.ndarray]:
-    return image, mask
-
-
-def augment(pipeline, image: np.ndarray, mask: np.ndarray, entropy: int) -> tuple[np.ndarray, np.ndarray]:
-    # Seeding the pipeline itself: `imgaug.seed()` sets a global generator that spawned workers do not share.
-    pipeline.seed_(entropy)
-    image, mask = pipeline(image=image, segmentation_maps=mask.astype(np.int32)[None, :, :, None])
+def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tuple[np.ndarray, np.ndarray]:
+    if kind == "none":
+        return image, mask
+    # Seeding the augmenters themselves: `imgaug.seed()` sets a global generator that spawned workers do not share.
+    augmenters = pipeline(kind)
+    augmenters.seed_(entropy)
+    image, mask = augmenters(image=image, segmentation_maps=mask.astype(np.int32)[None, :, :, None])
     return image, mask[0, :, :, 0].astype(np.uint8)
 
 

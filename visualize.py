@@ -3,10 +3,10 @@
     Okabe and Ito, "Color Universal Design", 2008 (the colours: safe for colour-blind readers)
 
 Contract: a scan is (D, H, W), slices first, in any unit, and upright: in an axial slice rows run to the patient's
-posterior, columns to the left. Spacing is (D, H, W) in mm, and every picture keeps its proportions. A mask has the scan's
-shape; non-zero is foreground. Of two masks the first is a prediction, the second the truth, and their errors are shown.
-Arrays go in; a matplotlib `Figure` comes out, or frames, uint8 RGB (H, W, 3). Nothing touches pyplot's global state: no
-display is needed, and no figure stays open in a long run.
+posterior, columns to the left. Spacing is (D, H, W) in mm, and every picture keeps its proportions. A mask has the
+scan's shape; non-zero is foreground. Of two masks the first is a prediction, the second the truth, and their errors are
+shown. Arrays go in; a matplotlib `Figure` comes out, or frames, uint8 RGB (H, W, 3). Nothing touches pyplot's global
+state: no display is needed, and no figure stays open in a long run.
 
     python visualize.py overlay scan.nii.gz prediction.nii.gz truth.nii.gz --out overlay.png
     python visualize.py movie   scan.nii.gz prediction.nii.gz --out movie.gif
@@ -24,7 +24,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -38,7 +38,7 @@ from PIL import Image, ImageDraw, ImageFont
 ERRORS = {"correct": (86, 180, 233), "missed": (240, 228, 66), "false": (213, 94, 0)}  # sky blue, yellow, vermilion
 MASKS = ((86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115))  # sky blue, orange, purple, bluish green
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")  # the darker ones, for a white background
-FILL = 0.35  # Opacity inside a mask's rim: the tissue under it must stay readable.
+FILL = 0.45  # Opacity inside a mask's rim: the tissue under it must stay readable.
 WIDTH = 900  # Pixels of a figure: what a README shows.
 
 
@@ -62,7 +62,7 @@ def regions(masks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
     """The areas that `legend` names: the masks, or, of two, where they agree and how they differ."""
     if len(masks) != 2:
         return masks
-    prediction, truth = masks[0] >= 0.5, masks[1] >= 0.5
+    prediction, truth = masks[0] > 0.5, masks[1] > 0.5
     return prediction & truth, truth & ~prediction, prediction & ~truth
 
 
@@ -70,11 +70,11 @@ def paint(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
     """uint8 (H, W) and masks (H, W), bool or probabilities, to RGB: the rim at 0.5 is opaque, the inside a tint."""
     rgb = np.repeat(picture[..., None], 3, axis=-1).astype(np.float32)  # (H, W, 3)
     for area, colour in zip(regions(masks), legend(len(masks)).values(), strict=True):
-        inside = np.pad(area >= 0.5, 1)
+        inside = np.pad(area > 0.5, 1)
         core = (
             inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
         )  # All four neighbours are in.
-        rgb += np.where((area >= 0.5) & ~core, 1, FILL * area)[..., None] * (np.float32(colour) - rgb)
+        rgb += np.where((area > 0.5) & ~core, 1, FILL * area)[..., None] * (np.float32(colour) - rgb)
     return np.rint(rgb).astype(np.uint8)
 
 
@@ -85,6 +85,18 @@ def strip(width: int, words: Sequence[str], colours: Sequence = ()) -> np.ndarra
     for n, (word, colour) in enumerate(zip_longest(words, colours, fillvalue="white")):
         ImageDraw.Draw(image).text(((n + 0.5) * width / len(words), 11), word, colour, font, "mm")
     return np.array(image)
+
+
+def centred(picture: np.ndarray, width: int) -> np.ndarray:
+    """A picture with black left and right of it, at least `width` wide."""
+    room = max(0, width - picture.shape[1])
+    return np.pad(picture, ((0, 0), (room // 2, room - room // 2), (0, 0)))
+
+
+def key(width: int, count: int) -> np.ndarray:
+    """The legend of `count` masks as a line of text."""
+    names = legend(count)
+    return centred(strip(min(width, 100 * count), list(names), names.values()), width)
 
 
 def frame(picture: np.ndarray, masks: Sequence, spacing: Sequence[float], size: int, caption: str = "") -> np.ndarray:
@@ -103,8 +115,7 @@ def frame(picture: np.ndarray, masks: Sequence, spacing: Sequence[float], size: 
     rgb = paint(np.array(Image.fromarray(picture).resize(shape, Image.Resampling.BILINEAR)), masks)
     if not caption:
         return rgb
-    room = max(0, 200 - rgb.shape[1])  # A narrow picture is set on black, as wide as its caption needs.
-    rgb = np.pad(rgb, ((0, 0), (room // 2, room - room // 2), (0, 0)))
+    rgb = centred(rgb, 200)  # what the caption needs
     bar = max((mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm * zoom < rgb.shape[1] / 3), default=1)
     below = strip(rgb.shape[1], (caption, f"{bar} mm"))
     left = round(0.75 * rgb.shape[1] - bar * zoom / 2)
@@ -115,15 +126,15 @@ def frame(picture: np.ndarray, masks: Sequence, spacing: Sequence[float], size: 
 # ------------------------------------------------------------------------------------------------- figures and frames
 
 
-def panels(pictures: Sequence[np.ndarray], columns: int, headings=(), titles=(), key: dict | None = None) -> Figure:
-    """RGB pictures of one size, row by row, on black; headings above the columns, titles above the rows, the key below."""
+def panels(pictures: Sequence[np.ndarray], columns: int, headings=(), titles=(), masks: int = 0) -> Figure:
+    """RGB pictures of one size, row by row; headings above the columns, titles above the rows, the legend below."""
     cells = [np.pad(picture, ((2, 2), (2, 2), (0, 0))) for picture in pictures]
     cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
     rows = [np.concatenate(cells[n : n + columns], axis=1) for n in range(0, len(cells), columns)]
     lines = [strip(rows[0].shape[1], headings)] if headings else []
     for row, title in zip_longest(rows, titles):
         lines += [strip(row.shape[1], [title]), row] if title else [row]
-    lines += [strip(rows[0].shape[1], list(key), key.values())] if key else []
+    lines += [key(rows[0].shape[1], masks)] if masks > 1 else []
     sheet = np.concatenate(lines)
     # One image, pixel for pixel, instead of axes for each picture: ten times as fast, and training waits for it.
     figure = Figure((sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
@@ -138,7 +149,7 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
     Args:
         images: (N, H, W) in any range.
         truths: (N, H, W), non-zero is foreground.
-        predictions: (N, H, W), bool or probabilities: the tint is as strong as they are; rim and error are those at 0.5.
+        predictions: (N, H, W), bool or probabilities: the tint is as strong as they are, rim and error those at 0.5.
         titles: N lines, each above its row.
     """
     shapes = [np.shape(array) for array in (images, truths, predictions)]
@@ -151,7 +162,7 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
     for image, truth, prediction in zip(images, np.not_equal(truths, 0), predictions, strict=True):
         for masks in ((), (truth,), (prediction,), (prediction, truth)):
             pictures.append(frame(grey(image), masks, (1, 1), WIDTH // 4 - 4))
-    return panels(pictures, 4, ("scan", "truth", "prediction", "error"), titles or (), key=ERRORS)
+    return panels(pictures, 4, ("scan", "truth", "prediction", "error"), titles or (), masks=2)
 
 
 def check(scan: np.ndarray, masks: Sequence[np.ndarray]) -> None:
@@ -163,28 +174,30 @@ def check(scan: np.ndarray, masks: Sequence[np.ndarray]) -> None:
 def views(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], slices: Sequence[int], size: int) -> list:
     """A captioned frame for each of `slices`; the caption counts from 1."""
     pictures, masks = grey(scan), [np.not_equal(mask, 0) for mask in masks]
-    captions = {n: f"slice {n + 1} / {len(scan)}" for n in slices}
-    return [frame(pictures[n], [mask[n] for mask in masks], spacing[1:], size, captions[n]) for n in slices]
+    frames = []
+    for n in slices:
+        caption = f"slice {n + 1} / {len(scan)}"
+        frames.append(frame(pictures[n], [mask[n] for mask in masks], spacing[1:], size, caption))
+    return frames
 
 
-def movie(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], size: int = 400) -> list[np.ndarray]:
+def movie(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], size: int = 320) -> list[np.ndarray]:
     """A frame for each slice, with the masks over it; `size` is the longer side of the slice, in pixels."""
     check(scan, masks)
     frames = views(scan, masks, spacing, range(len(scan)), size)
     if len(masks) < 2:
         return frames
-    key = strip(frames[0].shape[1], list(legend(len(masks))), legend(len(masks)).values())
-    return [np.concatenate((picture, key)) for picture in frames]
+    return [np.concatenate((picture, key(picture.shape[1], len(masks)))) for picture in frames]
 
 
 def overlay(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], count: int = 8) -> Figure:
-    """`count` slices with the masks over them, evenly spread over those that hold foreground (over all, if none does)."""
+    """`count` slices with the masks over them, spread evenly over those with foreground (over all if there is none)."""
     check(scan, masks)
     held = np.flatnonzero(np.any([np.any(mask, axis=(1, 2)) for mask in masks], axis=0))
     held = held if len(held) else np.arange(len(scan))
     slices = held[np.unique(np.linspace(0, len(held) - 1, count).round().astype(int))]
     pictures = views(scan, masks, spacing, slices, WIDTH // 4 - 4)
-    return panels(pictures, min(4, len(pictures)), key=legend(len(masks)) if len(masks) > 1 else None)
+    return panels(pictures, min(4, len(pictures)), masks=len(masks))
 
 
 def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: Sequence[float] = (1, 1)) -> Figure:
@@ -197,7 +210,8 @@ def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: S
     """
     samples = [(image, mask), *(augment(image, mask, entropy) for entropy in range(1, 25))]
     window = np.percentile(image, (0.5, 99.5))
-    return panels([frame(grey(image, window), [mask], spacing, WIDTH // 5 - 4) for image, mask in samples], 5)
+    pictures = [frame(grey(image, window), [mask], spacing, WIDTH // 5 - 4) for image, mask in samples]
+    return panels(pictures, 5, titles=["the slice as it is, then 24 augmentations of it"])
 
 
 # ----------------------------------------------------------------------------------------------------- training curves
@@ -221,12 +235,12 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
         except (TypeError, ValueError):
             return math.nan
 
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; expected the log of a run: give the folder that train.py wrote it to")
     with open(path, newline="") as file:
         rows = [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
     if not rows or "epoch" not in rows[0]:
-        raise ValueError(
-            f"{path}: {len(rows)} rows, no `epoch` in them; expected the log of a run with a finished epoch"
-        )
+        raise ValueError(f"{path}: {len(rows)} rows, no `epoch`; expected the log of a run with a finished epoch")
     return rows
 
 
@@ -237,28 +251,28 @@ def curves(*runs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figu
     """
     have = {name for run in runs for row in run for name in row}
     shown = [title for title, columns in CURVES.items() if have.intersection(columns)]
-    figure = Figure((WIDTH / 100, 5), dpi=100, layout="constrained")
+    down = max(1, math.ceil(len(shown) / 3))
+    figure = Figure((WIDTH / 100, 2.5 * down + 0.3), dpi=100, layout="constrained")
     for n, title in enumerate(shown, start=1):
-        axes = figure.add_subplot(2, 3, n)
+        axes = figure.add_subplot(down, 3, n)
         axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        for r, run in enumerate(runs):
-            colour = RUNS[r % len(RUNS)]
-            data = {name: np.array([row.get(name, math.nan) for row in run], float) for name in have}
+        for run, colour in zip(runs, cycle(RUNS), strict=False):
+            needed = have.intersection(("epoch", "dice_std", *CURVES[title]))
+            data = {name: np.array([row.get(name, math.nan) for row in run], float) for name in needed}
             for name, style in zip(CURVES[title], ("-", "--"), strict=False):
-                if name in have:
-                    axes.plot(
-                        data["epoch"], data[name], style, marker=".", color=colour, label=name if r == 0 else None
-                    )
-            if "dice_mean" in CURVES[title] and have.issuperset(("dice_mean", "dice_std")):
+                if name in data:
+                    axes.plot(data["epoch"], data[name], style, marker=".", color=colour, label=name)
+            if {"dice_mean", "dice_std"} <= needed:
                 low, high = data["dice_mean"] - data["dice_std"], data["dice_mean"] + data["dice_std"]
                 axes.fill_between(data["epoch"], low, high, color=colour, alpha=0.15, linewidth=0)
         if len(CURVES[title]) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(handles=axes.lines[: len(have.intersection(CURVES[title]))], fontsize=8)
     if names:
-        lines = [Line2D([], [], color=RUNS[r % len(RUNS)], label=name) for r, name in enumerate(names)]
+        lines = [Line2D([], [], color=colour, label=name) for name, colour in zip(names, cycle(RUNS), strict=False)]
         figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
@@ -297,8 +311,8 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, seconds_per_frame: 
     One palette serves all frames: greys, and the same greys under each colour. They are few, because a GIF shrinks what
     repeats itself, and the noise of a scan in many greys never does.
     """
-    greys, pure = np.linspace(0, 255, 48)[:, None], np.array([*ERRORS.values(), *MASKS[1:]])
-    tints = [greys[::2] + FILL * (colour - greys[::2]) for colour in pure]
+    greys, pure = np.linspace(0, 255, 24)[:, None], np.array([*ERRORS.values(), *MASKS[1:]])
+    tints = [greys + FILL * (colour - greys) for colour in pure]
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.concatenate((greys.repeat(3, axis=1), pure, *tints)).astype(np.uint8).tobytes())
     first, *rest = (Image.fromarray(rgb).quantize(palette=palette, dither=Image.Dither.NONE) for rgb in frames)
@@ -309,7 +323,7 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, seconds_per_frame: 
 
 
 def read(path: str | Path, axis: int = 2) -> tuple[np.ndarray, list[float], np.ndarray]:
-    """An upright volume (D, H, W), its spacing, and the affine of its NIfTI file. Raises ValueError for another file."""
+    """An upright volume (D, H, W), its spacing, and the affine of its NIfTI file. Raises ValueError for other files."""
     import nibabel as nib  # Here, so that the functions above work without it.
     from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
@@ -320,8 +334,12 @@ def read(path: str | Path, axis: int = 2) -> tuple[np.ndarray, list[float], np.n
         raise ValueError(
             f"{path}: {error}; expected a readable NIfTI file: check the path, or export it again"
         ) from None
-    if array.ndim < 3 or any(n != 1 for n in array.shape[3:]) or np.linalg.matrix_rank(nifti.affine) < 4:
-        raise ValueError(f"{path}: shape is {array.shape}; expected one volume of three axes, with a valid affine")
+    if array.ndim < 3 or array.shape[3:].count(1) < array.ndim - 3 or not array.size or array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"{path}: is {array.dtype} of shape {array.shape}; expected one volume of numbers on three axes"
+        )
+    if not np.isfinite(nifti.affine).all() or np.linalg.matrix_rank(nifti.affine) < 4:
+        raise ValueError(f"{path}: the affine is singular; expected one that places the voxels: set the sform or qform")
     # As data.py does: sagittal, coronal or axial slices, each with the patient's head or face up.
     way = ornt_transform(io_orientation(nifti.affine), axcodes2ornt(("LIP", "PIL", "SPL")[axis]))
     spacing = nib.affines.voxel_sizes(nifti.affine)[np.argsort(way[:, 0])]
@@ -329,7 +347,7 @@ def read(path: str | Path, axis: int = 2) -> tuple[np.ndarray, list[float], np.n
 
 
 def read_all(scan: str, masks: Sequence[str], axis: int) -> tuple[np.ndarray, list[np.ndarray], list[float]]:
-    """A scan, its masks and their spacing. Raises ValueError for a mask on another grid: it would lie in the wrong place."""
+    """A scan, its masks and their spacing. Raises ValueError for a mask on another grid: it would lie wrong."""
     volume, spacing, affine = read(scan, axis)
     found = [read(path, axis) for path in masks]
     for path, (mask, _, other) in zip(masks, found, strict=True):
@@ -381,8 +399,10 @@ def draw(args: argparse.Namespace) -> None:
         return save_gif(movie(scan, masks, spacing), args.out)
     if args.command == "overlay":
         return save(overlay(scan, masks, spacing), args.out)
-    from data import augmenter  # The only sibling, and only here: these are the very augmentations of the training.
-
+    try:
+        from data import augmenter  # The only sibling, and only here: these are the very augmentations of the training.
+    except ImportError as error:
+        raise ValueError(f"augment draws what data.py does, which cannot be used here: {error}") from None
     largest = masks[0].sum(axis=(1, 2)).argmax()
     scan = scan.clip(*np.percentile(scan, (0.5, 99.5)))
     image = np.float32((scan[largest] - scan.mean()) / scan.std())  # They expect mean 0 and deviation 1 over the scan.

@@ -1,0 +1,233 @@
+"""Prediction: masks on the scans' own grid, checkpoints that are safe, scores from files."""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import data
+import predict
+from data import DataError
+from unet import UNet
+
+RECIPE = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore"}
+
+
+def oblique(spacing, degrees=17):
+    """Affine of a scan stored LPS, tilted about two axes, with an offset."""
+    a = np.deg2rad(degrees)
+    tilt = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
+    turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = tilt @ turn @ np.diag([-1, -1, 1]) @ np.diag(spacing)
+    affine[:3, 3] = [31.5, -12.25, 7]
+    return affine
+
+
+class Ideal(UNet):
+    """An ideal network: bright voxels are the organ."""
+
+    def forward(self, x):
+        return super().forward(x) * 0 + (x - 1) * 20
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def save(recipe=RECIPE, **changes):
+        network = {"in_channels": 1, "out_channels": 1, "dims": 2, "width": 2, "depth": 2, "norm": "none"}
+        content = {"version": predict.VERSION, "model": UNet(**network).state_dict(), "network": network,
+                   "preprocess": recipe, "split": {"train": ["seen"], "val": ["kept"]}}
+        torch.save(content | changes, tmp_path / "checkpoint.pt")
+        return tmp_path / "checkpoint.pt"
+
+    return save
+
+
+@pytest.fixture
+def scan_and_truth(tmp_path):
+    """An odd-sized, oblique, LPS, anisotropic scan with a bright box, int16 with a slope; codes and units set."""
+    mask = np.zeros((31, 27, 11), np.uint8)
+    mask[9:20, 5:16, 3:8] = 1
+    image = mask * np.int16(300) + np.arange(31, dtype=np.int16)[:, None, None] % 5
+    image = nib.Nifti1Image(image, oblique((1.0, 1.0, 2.7)))
+    image.header.set_slope_inter(2.0, -30)
+    image.header["cal_max"] = 900
+    image.set_sform(image.affine, code=4)
+    image.set_qform(image.affine, code=1)
+    image.header.set_xyzt_units("mm", "sec")
+    truth = nib.Nifti1Image(mask, image.affine)
+    for folder, file in (("scans", image), ("labels", truth)):
+        (tmp_path / folder).mkdir()
+        nib.save(file, tmp_path / folder / "kept.nii.gz")
+    return tmp_path / "scans" / "kept.nii.gz", mask
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, RECIPE | {"axis": 0, "spacing": [None, 2.7, 1.0]}, RECIPE | {"crop": 2}])
+@pytest.mark.parametrize("flip", [[], ["--flip"]])
+def test_an_ideal_network_gives_back_the_truth(scan_and_truth, checkpoint, tmp_path, monkeypatch, recipe, flip):
+    """Whatever way a scan is stored, its mask has the same shape, affine and codes, and lies on the organ exactly."""
+    scan, truth = scan_and_truth
+    monkeypatch.setattr(predict, "UNet", Ideal)
+    run = [str(scan), "--checkpoint", str(checkpoint(recipe)), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert predict.main([*run, *flip, "--probability", "--precision", "fp32", "--batch-size", "4"]) == 0
+    source, written = nib.load(scan), nib.load(tmp_path / "out" / "kept.nii.gz")
+    assert np.array_equal(np.asarray(written.dataobj), truth)
+    assert written.get_data_dtype() == np.uint8 and written.shape == source.shape
+    assert (written.dataobj.slope, written.dataobj.inter) == (1, 0) and written.header["cal_max"] == 0
+    assert np.array_equal(written.affine, source.affine)
+    for field in ("qform_code", "sform_code", "xyzt_units", "pixdim"):
+        assert np.array_equal(written.header[field], source.header[field]), field
+    probability = nib.load(tmp_path / "out" / "kept_probability.nii.gz")
+    assert probability.get_data_dtype() == np.float32 and np.array_equal(probability.get_fdata() > 0.5, truth)
+    assert sorted(os.listdir(tmp_path / "out")) == ["kept.nii.gz", "kept_probability.nii.gz"]
+
+
+def test_a_scan_of_another_spacing_is_resampled_and_comes_back(scan_and_truth, checkpoint, tmp_path, monkeypatch):
+    scan, truth = scan_and_truth
+    monkeypatch.setattr(predict, "UNet", Ideal)
+    seen = []
+    volume = predict.predict_volume
+    monkeypatch.setattr(predict, "predict_volume", lambda net, v, **o: seen.append(v.shape) or volume(net, v, **o))
+    file = checkpoint(RECIPE | {"spacing": [None, 0.5, 0.5]})
+    assert predict.main([str(scan), "--checkpoint", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert seen == [(11, 54, 62)]  # twice the pixels: the network was trained on 0.5 mm
+    mask = np.asarray(nib.load(tmp_path / "out" / "kept.nii.gz").dataobj)
+    assert mask.shape == truth.shape and 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.95
+
+
+def test_scores_from_files(scan_and_truth, checkpoint, tmp_path, monkeypatch, capsys):
+    scan, truth = scan_and_truth
+    monkeypatch.setattr(predict, "UNet", Ideal)
+    run = [str(tmp_path / "scans"), "--checkpoint", str(checkpoint()), "--out", str(tmp_path / "out")]
+    assert predict.main([*run, "--labels", str(tmp_path / "labels"), "--held-out", "--movie"]) == 0
+    assert "Dice 1.0000 ± 0.0000 over 1 scans, worst 1.0000 (kept)" in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "out" / "scores.csv").read_text().splitlines())
+    assert row["name"] == "kept" and float(row["dice"]) == 1 and float(row["hd95"]) == 0
+    assert float(row["truth_ml"]) == pytest.approx(truth.sum() * 2.7 / 1000)
+    assert (tmp_path / "out" / "kept.gif").read_bytes()[:3] == b"GIF"
+
+
+def test_scores_of_training_scans_are_flagged(scan_and_truth, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "UNet", Ideal)
+    file = checkpoint(split={"train": ["kept"], "val": []})
+    run = [str(tmp_path / "scans"), "--checkpoint", str(file), "--out", str(tmp_path / "out")]
+    assert predict.main([*run, "--labels", str(tmp_path / "labels")]) == 0
+    assert "1 of 1 scans have names that the network was trained on" in capsys.readouterr().err
+    assert predict.main([*run, "--held-out"]) == 2
+
+
+def test_flip_averages_four_views():
+    torch.manual_seed(0)
+    net, volume = UNet(width=2, depth=1, norm="none").eval(), np.random.default_rng(0).normal(size=(3, 6, 8))
+    volume = volume.astype(np.float32)
+    views = [predict.predict_volume(net, np.flip(volume, axes)) for axes in ((), (1,), (2,), (1, 2))]
+    mean = sum(np.flip(view, axes) for view, axes in zip(views, ((), (1,), (2,), (1, 2)), strict=True)) / 4
+    assert np.allclose(predict.predict_volume(net, volume, flip=True), mean, atol=1e-6)
+    assert not np.allclose(views[0], mean, atol=1e-6)
+
+
+def test_batch_size_changes_memory_not_the_result():
+    net, volume = UNet(width=2, depth=1).eval(), np.random.default_rng(0).normal(size=(7, 6, 8)).astype(np.float32)
+    assert np.allclose(*(predict.predict_volume(net, volume, batch_size=n) for n in (1, 3)), atol=1e-6)
+
+
+def test_largest_component():
+    mask = np.zeros((4, 6, 6), bool)
+    mask[0, 0, :2] = mask[2:, 2:4, 2:4] = True
+    kept = predict.largest_component(mask)
+    assert kept.sum() == 8 and not kept[0].any() and kept.dtype == bool
+    assert not predict.largest_component(np.zeros((2, 2, 2), bool)).any()
+
+
+def test_summary_counts_failures_apart():
+    rows = [{"name": "a", "dice": 0.9, "jaccard": 0.8, "hd95": 2.0, "assd": 1.0},
+            {"name": "b", "dice": 0.0, "jaccard": 0.0, "hd95": np.inf, "assd": np.inf}]
+    line = predict.summarise(rows)
+    assert "Dice 0.4500 ± 0.4500 over 2 scans, worst 0.0000 (b)" in line
+    assert "HD95 2.00 ± 0.00 mm" in line and "1 scans with one mask empty" in line
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_checkpoints_that_are_not_ours(checkpoint, tmp_path, monkeypatch, capsys, scan_and_truth):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "garbage.pt").write_bytes(b"garbage" * 100)
+    torch.save({"model": Payload()}, tmp_path / "payload.pt")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    cases = {"garbage.pt": "cannot|safely", "payload.pt": "safely", "foreign.pt": "lacks network", "none.pt": "no such"}
+    for name, told in cases.items():
+        with pytest.raises(DataError, match=told):
+            predict.load_checkpoint(name)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(DataError, match=f"version is 99, expected {predict.VERSION}"):
+        predict.load_checkpoint(checkpoint(version=99))
+    file = checkpoint(model={"head.weight": torch.zeros(1)})
+    assert predict.main([str(scan_and_truth[0]), "--checkpoint", str(file), "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "do not fit" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_inputs_that_cannot_be_predicted(checkpoint, scan_and_truth, tmp_path, capsys):
+    file, scan = str(checkpoint()), scan_and_truth[0]
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    (twin / scan.name).write_bytes(scan.read_bytes())
+    (twin / "other.nii.gz").write_bytes(scan.read_bytes())
+    for arguments, told in [
+        ([str(scan), str(twin)], "kept: given twice"),
+        ([str(scan), "--out", str(scan.parent)], "would overwrite the scan"),
+        ([str(tmp_path / "nowhere.nii.gz")], "nowhere.nii.gz: no such file"),
+        ([str(twin), "--labels", str(tmp_path / "labels")], "no label for other"),
+        ([str(scan), "--device", "cuda:9"], "--device cuda:9"),
+        ([str(scan), "--batch-size", "0"], "--batch-size 0"),
+    ]:
+        assert predict.main(["--checkpoint", file, "--out", str(tmp_path / "out"), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert told in error and "Traceback" not in error and error.count("\n") == 1
+
+
+def test_runs_without_imgaug_and_opencv(scan_and_truth, checkpoint, tmp_path):
+    """A clinic's server needs neither: importing either here would raise."""
+    blocked = "raise ImportError('not installed')"
+    for name in ("imgaug", "cv2"):
+        (tmp_path / f"{name}.py").write_text(blocked)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(Path(predict.__file__)), str(scan_and_truth[0]), "--checkpoint", str(checkpoint()),
+               "--out", str(tmp_path / "out"), "--labels", str(tmp_path / "labels")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "scores.csv").exists()
+
+
+def test_folders_and_files_may_be_mixed(tmp_path, write_nifti):
+    for name in ("a", "b"):
+        write_nifti(tmp_path / "imagesTs" / f"{name}.nii.gz", np.zeros((2, 2, 2), np.uint8))
+    single = write_nifti(tmp_path / "c.nii", np.zeros((2, 2, 2), np.uint8))
+    assert [pair.name for pair in predict.find_scans([str(single), str(tmp_path)])] == ["c", "a", "b"]
+
+
+def test_devices_and_precision():
+    assert predict.pick_precision("fp16", torch.device("cpu")) == torch.float16
+    assert predict.pick_precision("auto", torch.device("mps")) == torch.float32
+    assert predict.pick_device("cpu").type == "cpu"
+    with pytest.raises(DataError, match="--device nonsense"):
+        predict.pick_device("nonsense")
+
+
+def test_namespace_of_the_command_is_enough(scan_and_truth, checkpoint, tmp_path):
+    """`predict(args)` can be called from other code with what the parser gives."""
+    args = argparse.Namespace(scans=[str(scan_and_truth[0])], checkpoint=str(checkpoint()), out=str(tmp_path / "o"),
+                              labels=None, held_out=False, probability=False, largest_component=True, flip=False,
+                              movie=False, batch_size=2, device="cpu", precision="fp32")
+    assert predict.predict(args) == [{"name": "kept", "mask": str(tmp_path / "o" / "kept.nii.gz")}]
+    assert isinstance(data.read_scan(tmp_path / "o" / "kept.nii.gz"), data.Scan)
