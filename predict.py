@@ -27,7 +27,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import visualize
-from data import DataError, Pair, Scan, find_pairs, nifti_files, preprocess, read_mask, read_scan, undo_preprocess
+from data import DataError, Pair, Scan, find_pairs, fit, nifti_files, preprocess, read_mask, read_scan, undo_preprocess
 from metrics import score
 from unet import UNet
 
@@ -113,21 +113,31 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu") -> UNet:
 
 @torch.inference_mode()
 def predict_volume(
-    net: UNet, volume: np.ndarray, *, precision: torch.dtype = torch.float32, batch_size: int = 16, flip: bool = False
+    net: UNet,
+    volume: np.ndarray,
+    *,
+    size: Sequence[int] = (1, 1),
+    precision: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    flip: bool = False,
 ) -> np.ndarray:
     """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), `batch_size` slices at a time.
 
+    Slices smaller than `size`, the (H, W) of training, are padded to it as they were there, and cropped back: a network
+    with batch norm is used to the padding, and without it loses about a point of Dice. Larger ones stay whole.
     With `flip`, the mean over the slice and its three mirror images (left-right, front-back, both).
     """
-    device = next(net.parameters()).device
+    device, shape = next(net.parameters()).device, volume.shape[1:]
+    padded = np.maximum(shape, size)
     probability = np.empty(volume.shape, np.float32)  # on the host: the GPU holds one batch, however long the scan
     for start in range(0, len(volume), batch_size):
-        x = torch.from_numpy(np.ascontiguousarray(volume[start : start + batch_size], np.float32))[:, None]
+        x = fit(np.asarray(volume[start : start + batch_size], np.float32), padded)
+        x = torch.from_numpy(np.ascontiguousarray(x))[:, None]
         x = x.to(device, memory_format=torch.channels_last)
         views = [(), (2,), (3,), (2, 3)] if flip else [()]
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             mean = sum(net.predict(x.flip(axes)).flip(axes) for axes in views) / len(views)
-        probability[start : start + batch_size] = mean[:, 0].cpu()
+        probability[start : start + batch_size] = fit(mean[:, 0].cpu().numpy(), shape)
     return probability
 
 
@@ -221,7 +231,9 @@ def predict(args: argparse.Namespace) -> list[dict]:
         truth = read_mask(labels[pair.name], scan, recipe["axis"], recipe["label"]) if labels else None
         try:
             volume = preprocess(scan.array, scan.spacing, recipe)
-            probability = predict_volume(net, volume, precision=precision, batch_size=args.batch_size, flip=args.flip)
+            probability = predict_volume(
+                net, volume, size=recipe["size"], precision=precision, batch_size=args.batch_size, flip=args.flip
+            )
         except DataError as error:
             raise DataError(f"{pair.image}: {error}") from None
         except torch.OutOfMemoryError:

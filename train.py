@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--axis", type=int, choices=(0, 1, 2), help="slice axis, 2: axial; None: that of the coarsest spacing")
     add("--folds", type=int, default=5, metavar="N", help="parts to split the scans into")
     add("--fold", default="0", metavar="K", help="the part to validate on, from 0; `all`: train on every scan")
-    add("--normalise", default="zscore", choices=("zscore", "percentile", "minmax"), help="of each scan; see data.py")
+    add("--normalise", default="percentile", choices=("zscore", "percentile", "minmax"), help="of each scan; see data.py")
     add("--crop", type=int, default=0, metavar="N", help="pixels to cut off each border of a slice")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="training slices, padded or cropped; None: the largest")
     add("--augment", default="full", choices=("none", "seed", "full"), help="see data.py")
@@ -124,8 +124,8 @@ def lr_at(step: int, total: int, peak: float, schedule: str = "onecycle") -> flo
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def load_data(args: argparse.Namespace) -> tuple[list, list, dict, dict, tuple[int, int]]:
-    """Training and validation scans (`data.CachedScan`), split, preprocessing recipe and slice size (H, W) of a run."""
+def load_data(args: argparse.Namespace) -> tuple[list, list, dict, dict]:
+    """Training and validation scans (`data.CachedScan`), split and preprocessing recipe of a run."""
     cache = Path(args.cache)
     if args.data == "phantom":
         import phantom
@@ -150,8 +150,8 @@ def load_data(args: argparse.Namespace) -> tuple[list, list, dict, dict, tuple[i
         train = train * max(1, 32 * args.batch_size // len(train))  # so that an epoch has about 32 steps
     multiple = 2**args.depth
     shapes = np.array([np.load(scan.image, mmap_mode="r").shape[1:] for scan in train])
-    size = tuple(args.size or -(-shapes.max(axis=0) // multiple) * multiple)
-    return train, val, split, recipe, (int(size[0]), int(size[1]))
+    size = args.size or (-(-shapes.max(axis=0) // multiple) * multiple).tolist()
+    return train, val, split, recipe | {"size": size}
 
 
 def evaluate(
@@ -167,7 +167,7 @@ def evaluate(
     for scan in scans:
         slices = list(scan.slices)
         image, mask, truth = (np.load(path, mmap_mode="r")[slices] for path in (scan.image, scan.mask, scan.truth))
-        probability = predict_volume(net, image, precision=precision, batch_size=batch_size)
+        probability = predict_volume(net, image, size=recipe["size"], precision=precision, batch_size=batch_size)
         prediction, truth = data.undo_preprocess(probability, truth.shape, recipe) > 0.5, truth.astype(bool)
         overlap, predicted, true = (int(np.count_nonzero(m)) for m in (prediction & truth, prediction, truth))
         fullest = int(mask.sum(axis=(1, 2)).argmax())
@@ -320,10 +320,11 @@ def train(args: argparse.Namespace) -> dict:
     print(f"device     {device}, {str(precision).removeprefix('torch.')}")
 
     saved = find_checkpoint(args, device)
-    train_scans, val_scans, split, recipe, size = load_data(args)                       # DataModule.setup
+    train_scans, val_scans, split, recipe = load_data(args)                             # DataModule.setup
     if saved and saved["split"] != split:
         raise DataError(f"{args.data}: holds other scans than the run in {out} was started with; choose another --out")
     val_scans = val_scans[: args.limit_batches]
+    size = recipe["size"]
     train_set = data.SliceDataset(train_scans, size, augment="none" if args.overfit else args.augment, seed=args.seed)
     sampler = DistributedSampler(train_set, num_replicas=1, rank=0, seed=args.seed)     # order: (seed, epoch) alone
     loader = DataLoader(                                                                # train_dataloader

@@ -1,11 +1,15 @@
 """What the tests share: a small phantom data set, a writer of NIfTI files, and the marks that skip."""
 
-import nibabel as nib
-import numpy as np
-import pytest
-import torch
+import os
 
-import phantom
+os.environ["OMP_NUM_THREADS"] = "1"  # networks of a few thousand parameters: more threads only get in their own way
+
+import nibabel as nib  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import phantom  # noqa: E402
 
 
 def pytest_addoption(parser):

@@ -1,4 +1,4 @@
-"""The loop: what a run leaves, that it learns, that it resumes to the bit, and that it minds bad steps and arguments."""
+"""The loop: what a run leaves, that it learns, that it resumes to the bit, and that it survives bad steps."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def test_what_a_run_leaves(run_args, phantoms, tmp_path, capsys):
     result = train.train(args)
     out, shown = tmp_path / "run", capsys.readouterr().out
     left = {"last.pt", "best.pt", "log.csv", "split.json", "args.json", "validation.png", "curves.png"}
-    assert set(path.name for path in out.iterdir()) == left
+    assert {path.name for path in out.iterdir()} == left
 
     checkpoint = predict.load_checkpoint(out / "last.pt")
     assert checkpoint["epoch"] == 1 and checkpoint["version"] == predict.VERSION
@@ -59,7 +59,7 @@ def test_what_a_run_leaves(run_args, phantoms, tmp_path, capsys):
 
 def test_predict_reproduces_the_validation_dice_from_files(run_args, phantoms, tmp_path):
     """The score printed by training is that of the masks on disk, read back: same scans, same grid, same threshold."""
-    result = train.train(train.parse_args([*run_args, "--augment", "none", "--epochs", "6"]))
+    result = train.train(train.parse_args([*run_args, "--augment", "none", "--epochs", "4", "--batch-size", "2"]))
     run = [str(phantoms), "--checkpoint", result["checkpoint"], "--out", str(tmp_path / "masks"), "--device", "cpu"]
     assert predict.main([*run, "--labels", str(phantoms / "labelsTr"), "--held-out", "--precision", "fp32"]) == 0
     rows = list(csv.DictReader((tmp_path / "masks" / "scores.csv").read_text().splitlines()))
@@ -68,7 +68,7 @@ def test_predict_reproduces_the_validation_dice_from_files(run_args, phantoms, t
 
 
 def test_two_epochs_and_two_more_equal_four_to_the_bit(run_args, tmp_path, monkeypatch):
-    """With augmentation, schedule and 2 workers: killed after 2 epochs and resumed, the run ends in the same weights."""
+    """With augmentation, schedule and 2 workers: stopped after 2 epochs and resumed, a run ends in the same weights."""
     arguments = [*run_args, "--augment", "full", "--workers", "2", "--epochs", "4"]
     train.train(train.parse_args([*arguments, "--out", str(tmp_path / "whole")]))
 
@@ -109,7 +109,7 @@ def test_seed_decides_and_workers_do_not(run_args, tmp_path):
 
 def test_overfits_four_slices(run_args):
     """If four slices cannot be learnt by heart, nothing else can be."""
-    run = [*run_args, "--overfit", "4", "--epochs", "8", "--width", "8", "--precision", "auto"]
+    run = [*run_args, "--overfit", "4", "--epochs", "8", "--width", "16"]
     result = train.train(train.parse_args(run))
     assert len(result["scans"]) == 4 and min(result["scans"].values()) > 0.98
 
