@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--axis", type=int, choices=(0, 1, 2), help="slice axis, 2: axial; None: that of the coarsest spacing")
     add("--folds", type=int, default=5, metavar="N", help="parts to split the scans into")
     add("--fold", default="0", metavar="K", help="the part to validate on, from 0; `all`: train on every scan")
-    add("--normalise", default="percentile", choices=("zscore", "percentile", "minmax"), help="of each scan; see data.py")
+    add("--normalise", default="percentile", choices=("zscore", "percentile", "minmax"), help="of each scan")
     add("--crop", type=int, default=0, metavar="N", help="pixels to cut off each border of a slice")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="training slices, padded or cropped; None: the largest")
     add("--augment", default="full", choices=("none", "seed", "full"), help="see data.py")
