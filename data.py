@@ -262,9 +262,12 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], recipe: dict) -> np.
     Args:
         array: float scan or uint8 mask (D, H, W).
         spacing: (D, H, W) in mm.
-        recipe: `spacing`, the target (D, H, W) in mm, None for an axis that stays (the slice axis in 2D); `crop`,
-            voxels cut off each border of a slice; `normalise`: "zscore" (mean 0, deviation 1 over the scan),
-            "percentile" (the same, clipped to the 0.5 and 99.5 percentiles first), or "minmax" (0 to 1).
+        recipe:
+            spacing: (D, H, W) in mm to resample to where a scan's own is more than 15 % off; None for an axis that
+                stays as it is (the slice axis, in 2D).
+            crop: voxels to cut off each border of a slice.
+            normalise: "zscore", mean 0 and deviation 1 over the scan; "percentile", the same after clipping to the 0.5
+                and 99.5 percentiles; "minmax", 0 to 1.
 
     Returns:
         float16 scan (half the memory; its steps are 1/1000 of a deviation, far below MRI noise) or uint8 mask.
@@ -273,8 +276,8 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], recipe: dict) -> np.
         DataError: a constant scan, or one not larger than the crop.
     """
     factors = [have / (want or have) for have, want in zip(spacing, recipe["spacing"], strict=True)]
-    # Within 5 % of the target nothing is resampled: interpolation would harm more than the difference in scale.
-    if any(abs(factor - 1) > 0.05 for factor in factors):
+    # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales anyway.
+    if any(abs(factor - 1) > 0.15 for factor in factors):
         array = resize(array, [max(round(n * factor), 1) for n, factor in zip(array.shape, factors, strict=True)])
     crop = recipe["crop"]
     if crop:

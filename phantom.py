@@ -51,7 +51,6 @@ def tube(points: np.ndarray, start: np.ndarray, end: np.ndarray, radii: np.ndarr
 
 # Painted from top to bottom, later over earlier. Rows of one structure are united, then coated with a wall of muscle.
 # Lengths and places in mm RAS; an ellipsoid has a centre and three radii, a tube two ends and the radius at each.
-# fmt: off
 ANATOMY = (
     # structure          tissue    wall shape    centre | start    radii | end      radii at both ends
     ("skin and fat",     "fat",    0, ellipsoid, (5, 0, 0),        (126, 97, 600)),
@@ -85,7 +84,6 @@ ANATOMY = (
 )
 BRIGHTNESS = {"blood": 0.85, "fat": 0.85, "soft": 0.52, "bone": 0.46, "liver": 0.42, "muscle": 0.28, "canal": 0.12,
               "lung": 0.08}  # air is 0
-# fmt: on
 
 # ----------------------------------------------------------------------------------------------------------- one scan
 
