@@ -12,6 +12,8 @@ Contract: `loss(logits, target)`, both (B, C, *size) of one shape; logits any re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,14 +30,18 @@ class DiceLoss(nn.Module):
         per_sample: sum over each sample, then average over the batch.
         smooth: added to numerator and denominator, so that 0/0 is a perfect score. 1 is common too: it softens the
             empty mask and biases small ones.
+        reduce: applied to the sums before they are divided. With several processes it adds those of the others
+            (`torch.distributed.nn.functional.all_reduce`), so that the batch is that of all processes together.
 
     Raises:
         ValueError: logits and target differ in shape (broadcasting would hide it).
     """
 
-    def __init__(self, *, per_sample: bool = False, smooth: float = 1e-6):
+    def __init__(
+        self, *, per_sample: bool = False, smooth: float = 1e-6, reduce: Callable[[Tensor], Tensor] | None = None
+    ):
         super().__init__()
-        self.per_sample, self.smooth = per_sample, smooth
+        self.per_sample, self.smooth, self.reduce = per_sample, smooth, reduce
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         check_shapes(logits, target)
@@ -43,6 +49,8 @@ class DiceLoss(nn.Module):
         axes = tuple(range(1 if self.per_sample else 0, logits.ndim))
         overlap = (probability * target).sum(axes)  #               () or (B,)
         total = probability.sum(axes) + target.sum(axes)
+        if self.reduce:
+            overlap, total = self.reduce(torch.stack([overlap, total]))
         return (1 - (2 * overlap + self.smooth) / (total + self.smooth)).mean()
 
 
@@ -53,9 +61,10 @@ class BCEDiceLoss(nn.Module):
     sees the overlap, so that the few voxels of the organ are not outvoted by the background.
     """
 
-    def __init__(self, *, per_sample: bool = False, smooth: float = 1e-6):
+    def __init__(self, **dice):
+        """Takes the arguments of `DiceLoss`."""
         super().__init__()
-        self.dice = DiceLoss(per_sample=per_sample, smooth=smooth)
+        self.dice = DiceLoss(**dice)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         dice = self.dice(logits, target)

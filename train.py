@@ -8,6 +8,8 @@ with the same weights to the last bit.
     python train.py --data phantom --width 8 --epochs 6         # synthetic scans: minutes on a laptop's CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
+    torchrun --nproc-per-node 4 train.py --data Task02_Heart    # four GPUs of one machine
+    python train.py --data Task02_Heart --engine lightning      # the same run by lightning.Trainer; both: compare
     # the recipe that this project started from:
     python train.py --data Task02_Heart --width 64 --norm none --loss dice --lr 1e-4 --schedule constant \\
         --weight-decay 0 --clip 0 --augment seed --normalise minmax --crop 32
@@ -22,17 +24,21 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
@@ -45,8 +51,13 @@ from losses import BCEDiceLoss, DiceLoss
 from predict import VERSION, keep_freed_memory, load_checkpoint, pick_device, pick_precision, predict_volume
 from unet import UNet
 
-LOWEST = {"epochs": 1, "batch_size": 1, "width": 1, "depth": 0, "crop": 0, "clip": 0, "workers": 0, "limit_batches": 1,
-          "overfit": 1}  # of the numeric arguments
+try:
+    import resource  # peak memory
+except ImportError:  # Windows
+    resource = None
+
+LOWEST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "width": 1, "depth": 0, "crop": 0, "clip": 0, "workers": 0,
+          "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1}  # of the numeric arguments
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -72,11 +83,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, default=32, metavar="N", help="channels of the first level")
     add("--depth", type=int, default=3, metavar="N", help="poolings")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
+    add("--attention", action="store_true", help="attention gates on the skips")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
     add("--epochs", type=int, default=30, metavar="N", help="passes over the training slices")
-    add("--batch-size", type=int, default=16, metavar="N", help="slices per step")
+    add("--batch-size", type=int, default=16, metavar="N", help="slices per batch, of all processes together")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches per step: N times the batch, not the memory")
     add("--lr", type=float, default=4e-3, help="highest learning rate of AdamW")
     add("--schedule", default="onecycle", choices=("onecycle", "constant"), help="learning rate over the steps")
     add("--weight-decay", type=float, default=1e-2, help="of AdamW; with 0 it is Adam")
@@ -90,6 +103,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the network's arithmetic")
     add("--workers", type=int, metavar="N", help="processes that load data; None: all cores but one, 4 at most")
+    add("--engine", default="loop", choices=("loop", "lightning", "both"), help="whose loop; both: compare them")
+    add("--devices", type=int, default=1, metavar="N", help="processes per node with Lightning (the loop: torchrun)")
+    add("--num-nodes", type=int, default=1, metavar="N", help="nodes with Lightning")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--limit-batches", type=int, metavar="N", help="at most N batches and N validation scans an epoch: a dry run")
     add("--overfit", type=int, metavar="N", help="train and validate on the same N slices: can it learn at all?")
@@ -111,17 +127,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------------ pieces of a run
 
 
-def lr_at(step: int, total: int, peak: float, schedule: str = "onecycle") -> float:
-    """Learning rate of a step, from 0: up in a line over the first fifth of the run, then down in a cosine towards 0.
+def lr_at(step: int, total: int, schedule: str = "onecycle") -> float:
+    """Learning rate of a step (from 0 to total - 1) as a share of the highest, 0 to 1.
 
-    Smith, Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2018.
+    onecycle: up in a line over the first fifth of the run, then down in a cosine towards 0 (after Smith, Topin,
+    "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2018).
     """
     if schedule == "constant":
-        return peak
+        return 1.0
     warmup = max(total // 5, 1)
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
 
 
 def load_data(args: argparse.Namespace) -> tuple[list, list, dict, dict]:
@@ -195,51 +212,81 @@ def panels(rows: Sequence[dict]):
     return visualize.compare(images, truths, probabilities, titles)
 
 
-def write_log(log: Sequence[dict], out: Path, writer: SummaryWriter) -> None:
-    """log.csv, the whole of it each epoch, so that after a resume no row stands twice; the last row to TensorBoard."""
+def clip_gradient(net: nn.Module, limit: float) -> torch.Tensor:
+    """Scale the gradient down to a norm of `limit` (0: leave it), and return the norm that it had."""
+    return nn.utils.clip_grad_norm_(net.parameters(), limit or math.inf)
+
+
+def gather(rows: list[dict]) -> list[dict]:
+    """The validation rows of all processes, by name: scores are of whole scans, so they are exact however shared."""
+    if dist.is_initialized():
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, rows)
+        rows = [row for part in parts for row in part]
+    return sorted(rows, key=lambda row: row["name"])
+
+
+def log_row(
+    args: argparse.Namespace, run: Run, epoch: int, losses: torch.Tensor, norms: torch.Tensor, rows: Sequence[dict],
+    lr: float, seconds: float, waited: float,
+) -> dict[str, float]:
+    """An epoch as a row of log.csv: losses of its batches, gradient norms of its steps, validation rows, timing in s.
+
+    A step with a non-finite gradient was not taken; it is counted, and left out of the means. Each scan counts the same
+    in the Dice. The foreground is the share of the voxels that is organ, and that was called organ.
+    """
+    dice = np.array([row["dice"] for row in rows] or [math.nan])
+    voxels = sum(row["voxels"] for row in rows) or math.nan
+    if run.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(run.device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else math.nan
+    return {
+        "epoch": epoch,
+        "train_loss": losses[losses.isfinite()].mean().item(),
+        "grad_norm": norms[norms.isfinite()].mean().item(),
+        "skipped": int((~norms.isfinite()).sum()),
+        "dice_mean": float(dice.mean()),
+        "dice_std": float(dice.std()),
+        "dice_worst": float(dice.min()),
+        "foreground_truth": sum(row["truth"] for row in rows) / voxels,
+        "foreground_prediction": sum(row["prediction"] for row in rows) / voxels,
+        "lr": lr,
+        "seconds": seconds,
+        "slices_per_second": run.batches * args.batch_size / seconds,
+        "waiting": waited / seconds,
+        "peak_memory_gb": memory / 1e9,
+    }
+
+
+def write_log(args: argparse.Namespace, run: Run, log: Sequence[dict], rows: Sequence[dict], writer) -> None:
+    """The last epoch to log.csv (written anew, so that after a resume no row stands twice), TensorBoard and screen."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(log[-1]))
     table.writeheader()
     table.writerows(log)
-    data.write_atomically(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+    data.write_atomically(run.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
     for name, value in log[-1].items():
         writer.add_scalar(name, value, log[-1]["epoch"])
+    if rows:
+        figure = panels(rows)
+        visualize.save(figure, run.out / "validation.png")
+        writer.add_image("validation", visualize.rgb(figure), log[-1]["epoch"], dataformats="HWC")
     writer.flush()
+    print(describe(log[-1], args.epochs), flush=True)
 
 
 def write_json(content, file) -> None:
     file.write(json.dumps(content, indent=1).encode())
 
 
-def bar(batches: Iterable, title: str, steps: int, batch_size: int) -> Iterable:
-    """A progress bar in slices per second, quiet where the output is no terminal."""
-    with tqdm(total=steps * batch_size, desc=title, unit=" slices", leave=False, disable=None) as shown:
-        for batch in batches:
+def bar(run: Run, title: str, batch_size: int) -> Iterator:
+    """The batches of an epoch, under a progress bar in slices per second that is quiet where there is no terminal."""
+    hidden = True if run.rank > 0 else None  # None: tqdm looks for a terminal
+    with tqdm(total=run.batches * batch_size, desc=title, unit=" slices", leave=False, disable=hidden) as shown:
+        for batch in islice(run.loader, run.batches):
             yield batch
             shown.update(batch_size)
-
-
-def training_summary(losses: torch.Tensor, norms: torch.Tensor) -> dict[str, float]:
-    """Means over the steps of an epoch that were taken, and the number of those that were not: non-finite gradients."""
-    taken = torch.isfinite(norms)
-    return {
-        "train_loss": losses[taken].mean().item(),
-        "grad_norm": norms[taken].mean().item(),
-        "skipped": int((~taken).sum()),
-    }
-
-
-def validation_summary(rows: Sequence[dict]) -> dict[str, float]:
-    """Dice over the scans, each counting the same; the share of the voxels that is organ, and that was called organ."""
-    dice = np.array([row["dice"] for row in rows] or [math.nan])
-    voxels = sum(row["voxels"] for row in rows) or math.nan
-    return {
-        "dice_mean": float(dice.mean()),
-        "dice_std": float(dice.std()),
-        "dice_worst": float(dice.min()),
-        "foreground_truth": sum(row["truth"] for row in rows) / voxels,
-        "foreground_prediction": sum(row["prediction"] for row in rows) / voxels,
-    }
 
 
 def describe(row: dict[str, float], epochs: int) -> str:
@@ -249,7 +296,7 @@ def describe(row: dict[str, float], epochs: int) -> str:
         line += f"  Dice {row['dice_mean']:.4f} ± {row['dice_std']:.4f} worst {row['dice_worst']:.4f}"
         line += f"  foreground {row['foreground_prediction']:.2%} of {row['foreground_truth']:.2%}"
     line += f"  lr {row['lr']:.1e}  {row['seconds']:.0f} s  {row['slices_per_second']:.1f} slices/s"
-    line += f"  {row['waiting']:.1%} waiting"
+    line += "" if math.isnan(row["waiting"]) else f"  {row['waiting']:.1%} waiting"
     return line + (f"  {row['skipped']} non-finite steps skipped" if row["skipped"] else "")
 
 
@@ -269,7 +316,7 @@ def closing(result: dict, args: argparse.Namespace) -> str:
 
 
 # Arguments that a resumed run may change: they say where and how it runs, not what comes out.
-FREE = {"out", "resume", "logs", "cache", "data", "device", "workers", "compile", "epochs"}
+FREE = {"out", "resume", "logs", "cache", "data", "device", "devices", "num_nodes", "workers", "compile", "epochs"}
 
 
 def find_checkpoint(args: argparse.Namespace, device: torch.device) -> dict | None:
@@ -290,159 +337,374 @@ def find_checkpoint(args: argparse.Namespace, device: torch.device) -> dict | No
     return checkpoint
 
 
-# ----------------------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------------------- before the loop
 
 
-def train(args: argparse.Namespace) -> dict:
-    """Train, and say how well the network of the last epoch does.
+@dataclass
+class Run:
+    """What both engines start from: the same objects, made in the same order from the same seed."""
 
-    The comments on the right name the Lightning hook, method or argument that does the same there.
+    out: Path
+    rank: int
+    world: int  # number of processes
+    device: torch.device
+    precision: torch.dtype
+    saved: dict | None  # the checkpoint to go on from
+    recipe: dict
+    split: dict
+    val_scans: list[data.CachedScan]
+    train_set: data.SliceDataset
+    sampler: DistributedSampler
+    loader: DataLoader
+    batches: int  # an epoch's, in each process
+    steps: int  # an epoch's steps of the optimiser
+    network: dict  # arguments of UNet
+    net: UNet
+    loss_function: nn.Module
 
-    Returns:
-        dice: mean over the validation scans after the last epoch (None without validation), not the best epoch's,
-            which was chosen on the very same scans;
-        scans: Dice by scan name; best: the best epoch's mean; checkpoint: path of last.pt; out: the run folder;
-        seconds: wall time of the call.
+    @property
+    def first(self) -> int:
+        """The epoch to start with."""
+        return self.saved["epoch"] + 1 if self.saved else 0
 
-    Raises:
-        DataError: input that cannot be trained on, in one line.
-    """
-    started, out = time.perf_counter(), Path(args.out)
+    @property
+    def log(self) -> list[dict]:
+        """The rows of the epochs before."""
+        return list(self.saved["log"]) if self.saved else []
 
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Seed, device, data, network, optimisation, resume: a line is printed for each."""
     torch.manual_seed(args.seed)                                                        # seed_everything
-    print(f"seed       {args.seed}")
+    out, (rank, world) = Path(args.out), processes(args)
+    say = print if rank == 0 else lambda *_, **__: None
+    say(f"seed       {args.seed}")
 
     device = pick_device(args.device)                                                   # Trainer(accelerator=)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and args.engine == "loop":                                             # Trainer(strategy="ddp")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     precision = pick_precision(args.precision, device)                                  # Trainer(precision=)
-    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
     torch.backends.cudnn.benchmark = True                                               # Trainer(benchmark=)
     keep_freed_memory()
-    print(f"device     {device}, {str(precision).removeprefix('torch.')}")
+    say(f"device     {device}, {str(precision).removeprefix('torch.')}, {world} process{'es' * (world > 1)}")
 
     saved = find_checkpoint(args, device)
+    if dist.is_initialized() and rank > 0:
+        dist.barrier()  # until rank 0 has filled the cache
     train_scans, val_scans, split, recipe = load_data(args)                             # DataModule.setup
+    if dist.is_initialized() and rank == 0:
+        dist.barrier()
     if saved and saved["split"] != split:
         raise DataError(f"{args.data}: holds other scans than the run in {out} was started with; choose another --out")
     val_scans = val_scans[: args.limit_batches]
     size = recipe["size"]
     train_set = data.SliceDataset(train_scans, size, augment="none" if args.overfit else args.augment, seed=args.seed)
-    sampler = DistributedSampler(train_set, num_replicas=1, rank=0, seed=args.seed)     # order: (seed, epoch) alone
+    # The order depends on (seed, epoch) alone; of each batch, every process takes its share.
+    sampler = DistributedSampler(train_set, num_replicas=world, rank=rank, seed=args.seed)
+    if args.batch_size % world:
+        raise DataError(f"--batch-size {args.batch_size}: {world} processes share it; choose a multiple of {world}")
     loader = DataLoader(                                                                # train_dataloader
-        train_set, args.batch_size, sampler=sampler, num_workers=args.workers, persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda",
+        train_set, args.batch_size // world, sampler=sampler, drop_last=len(train_set) >= args.batch_size,
+        num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
     )
-    print(f"data       {len(split['train'])} scans to train on, {len(val_scans)} to validate on; "
-          f"{len(train_set)} slices of {size[0]} x {size[1]}, {args.workers} workers")
+    batches = min(len(loader), args.limit_batches or len(loader))
+    steps = math.ceil(batches / args.accumulate)
+    say(f"data       {len(split['train'])} scans to train on, {len(val_scans)} to validate on; "
+        f"{len(train_set)} slices of {size[0]} x {size[1]}, {args.workers} workers")
 
     network = {"in_channels": 1, "out_channels": 1, "dims": 2, "width": args.width, "depth": args.depth,
-               "norm": args.norm, "attention": False}
-    net = UNet(**network).to(device, memory_format=torch.channels_last)                 # configure_model
-    forward = torch.compile(net) if args.compile else net  # `net` keeps the plain names for the checkpoint
-    print(f"network    U-Net, width {args.width}, depth {args.depth}, norm {args.norm}: "
-          f"{sum(p.numel() for p in net.parameters()):,} parameters")
+               "norm": args.norm, "attention": args.attention}
+    net = UNet(**network)                                                               # configure_model
+    if world > 1 and device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)                              # Trainer(sync_batchnorm=)
+    net = net.to(device, memory_format=torch.channels_last)
+    say(f"network    U-Net, width {args.width}, depth {args.depth}, norm {args.norm}{', attention' * args.attention}: "
+        f"{sum(p.numel() for p in net.parameters()):,} parameters")
 
-    loss_function = LOSSES[args.loss]()
+    # Dice of the batch of all processes together, not the mean of one Dice for each.
+    together = {"reduce": all_reduce} if world > 1 and args.loss != "bce" else {}
+    loss_function = LOSSES[args.loss](**together)
+    say(f"optimiser  AdamW, {args.schedule} to {args.lr:g}, {args.epochs} epochs of {steps} steps")
+
+    if rank == 0:
+        for name, content in (("args.json", vars(args)), ("split.json", split)):
+            data.write_atomically(out / name, partial(write_json, content))
+    say(f"run        {out}, {args.engine}, {'goes on' if saved else 'new'}; tensorboard --logdir {args.logs}")
+    return Run(out, rank, world, device, precision, saved, recipe, split, val_scans, train_set, sampler, loader,
+               batches, steps, network, net, loss_function)
+
+
+def processes(args: argparse.Namespace) -> tuple[int, int]:
+    """Rank of this process and number of all: torchrun tells by its environment, Lightning by --devices and its own."""
+    if args.engine == "loop":
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("NODE_RANK", 0)) * args.devices + int(os.environ.get("LOCAL_RANK", 0))
+    return rank, args.devices * args.num_nodes
+
+
+def make_optimizer(args: argparse.Namespace, run: Run, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(run.net.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
+
+
+def checkpoint_of(args: argparse.Namespace, run: Run, epoch: int, best: float, log: list[dict]) -> dict:
+    """The recipe and its result, of either engine: all that predict.py needs."""
+    return {"version": VERSION, "model": run.net.state_dict(), "network": run.network, "preprocess": run.recipe,
+            "split": run.split, "epoch": epoch, "step": (epoch + 1) * run.steps, "best": best, "log": log,
+            "args": vars(args)}
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict]]:
+    """Train with the hand-written loop: the loss of every batch, and the validation rows of the last epoch.
+
+    The comments on the right name the Lightning hook, method or argument that does the same there.
+    """
+    net, device, first, log = run.net, run.device, run.first, run.log
+    forward = torch.compile(net) if args.compile else net  # `net` keeps the plain names for the checkpoint
+    if run.world > 1:
+        forward = nn.parallel.DistributedDataParallel(forward)                          # Trainer(strategy="ddp")
+    autocast = partial(torch.autocast, device.type, run.precision, enabled=run.precision != torch.float32)
     # Fused: a step is one kernel, which can leave the weights alone without the host waiting for the GPU to decide.
     fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
-    #                                                                                   # configure_optimizers
+    optimizer = make_optimizer(args, run, fused)                                        # configure_optimizers
     # float16 needs the scale. The others keep a scale of 1, for the scaler's other service: it skips non-finite steps.
-    scaling = {} if precision == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+    scaling = {} if run.precision == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
     scaler = torch.amp.GradScaler(device.type, enabled=fused, **scaling)
-    steps = min(len(loader), args.limit_batches or len(loader))
-    print(f"optimiser  AdamW, {args.schedule} to {args.lr:g}, {args.epochs} epochs of {steps} steps")
-
-    first, log, best = 0, [], math.nan
-    if saved:                                                                           # on_load_checkpoint
-        net.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"].cpu())
-        first, log, best = saved["epoch"] + 1, saved["log"], saved["best"]
-    for name, content in (("args.json", vars(args)), ("split.json", split)):
-        data.write_atomically(out / name, partial(write_json, content))
-    writer = SummaryWriter(Path(args.logs) / out.name, purge_step=first)                # Trainer(logger=)
-    print(f"run        {out}, {f'goes on after epoch {first}' if first else 'new'}; tensorboard --logdir {args.logs}")
+    best, history, rows = math.nan, [], []
+    if run.saved:                                                                       # on_load_checkpoint
+        net.load_state_dict(run.saved["model"])
+        optimizer.load_state_dict(run.saved["optimizer"])
+        scaler.load_state_dict(run.saved["scaler"])
+        torch.set_rng_state(run.saved["rng"].cpu())
+        best = run.saved["best"]
+    writer = SummaryWriter(Path(args.logs) / run.out.name, purge_step=first) if run.rank == 0 else None
 
     for epoch in range(first, args.epochs):                                             # Trainer.fit
 
         # -- train ---------------------------------------------------------------------- on_train_epoch_start
-        sampler.set_epoch(epoch)
-        train_set.set_epoch(epoch)
+        run.sampler.set_epoch(epoch)
+        run.train_set.set_epoch(epoch)
         net.train()
         losses, norms, waited, begun = [], [], 0.0, time.perf_counter()
         ready = begun
-        for i, (image, mask) in enumerate(bar(loader, f"epoch {epoch + 1}/{args.epochs}", steps, args.batch_size)):
+        for i, (image, mask) in enumerate(bar(run, f"epoch {epoch + 1}/{args.epochs}", args.batch_size)):
             waited += time.perf_counter() - ready
             image = image.to(device, memory_format=torch.channels_last, non_blocking=True)
             mask = mask.to(device, non_blocking=True)                                   # transfer_batch_to_device
-            lr = lr_at(epoch * steps + i, args.epochs * steps, args.lr, args.schedule)  # lr_scheduler_step
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             with autocast():                                                            # training_step
                 logits = forward(image)
-            loss = loss_function(logits.float(), mask)  # in float32, outside autocast
-            optimizer.zero_grad()                                                       # optimizer_zero_grad
-            scaler.scale(loss).backward()                                               # backward
-            scaler.unscale_(optimizer)                                                  # on_before_optimizer_step
-            norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)    # configure_gradient_clipping
-            scaler.step(optimizer)                                                      # optimizer_step
-            scaler.update()
-            losses.append(loss.detach())  # stays on the device: read once an epoch     # on_train_batch_end
-            norms.append(norm)
-            if i + 1 == steps:
-                break
-            ready = time.perf_counter()
+            loss = run.loss_function(logits.float(), mask)  # in float32, outside autocast
+            losses.append(loss.detach())  # stays on the device: read once an epoch
+            if i % args.accumulate == 0:
+                optimizer.zero_grad()                                                   # optimizer_zero_grad
+            scaler.scale(loss / args.accumulate).backward()                             # backward
+            if (i + 1) % args.accumulate == 0 or i + 1 == run.batches:
+                step = epoch * run.steps + i // args.accumulate
+                for group in optimizer.param_groups:                                    # lr_scheduler_step
+                    group["lr"] = args.lr * lr_at(step, args.epochs * run.steps, args.schedule)
+                scaler.unscale_(optimizer)                                              # on_before_optimizer_step
+                norms.append(clip_gradient(net, args.clip))                             # configure_gradient_clipping
+                scaler.step(optimizer)                                                  # optimizer_step
+                scaler.update()
+            ready = time.perf_counter()                                                 # on_train_batch_end
         losses, norms = torch.stack(losses).cpu(), torch.stack(norms).cpu()             # on_train_epoch_end
         seconds = time.perf_counter() - begun
 
         # -- evaluate ------------------------------------------------------------------- validation_step
-        rows = evaluate(net, val_scans, recipe, precision, args.batch_size)
+        rows = gather(evaluate(net, run.val_scans[run.rank :: run.world], run.recipe, run.precision, args.batch_size))
 
-        # -- log ------------------------------------------------------------------------ log, log_dict
-        log.append({"epoch": epoch, **training_summary(losses, norms), **validation_summary(rows), "lr": lr,
-                    "seconds": seconds, "slices_per_second": len(losses) * args.batch_size / seconds,
-                    "waiting": waited / seconds})
-        write_log(log, out, writer)
-        if rows:
-            figure = panels(rows)
-            visualize.save(figure, out / "validation.png")
-            writer.add_image("validation", visualize.rgb(figure), epoch, dataformats="HWC")
-        print(describe(log[-1], args.epochs), flush=True)
+        # -- log ------------------------------------------------------------------------ log_dict
+        lr = optimizer.param_groups[0]["lr"]
+        log.append(log_row(args, run, epoch, losses, norms, rows, lr, seconds, waited))
+        history += losses.tolist()
+        if run.rank > 0:
+            continue
+        write_log(args, run, log, rows, writer)
 
         # -- save ----------------------------------------------------------------------- on_save_checkpoint
         improved = not best >= log[-1]["dice_mean"]  # nan, without validation, counts as better
         best = log[-1]["dice_mean"] if improved else best
-        checkpoint = {"version": VERSION, "model": net.state_dict(), "network": network, "preprocess": recipe,
-                      "split": split, "epoch": epoch, "step": (epoch + 1) * steps, "best": best, "log": log,
-                      "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                      "rng": torch.get_rng_state(), "args": vars(args)}
+        checkpoint = checkpoint_of(args, run, epoch, best, log)
+        checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
         for name in ("last.pt", "best.pt") if improved else ("last.pt",):               # ModelCheckpoint
-            data.write_atomically(out / name, partial(torch.save, checkpoint))
+            data.write_atomically(run.out / name, partial(torch.save, checkpoint))
 
-    writer.close()                                                                      # teardown
-    visualize.save(visualize.curves(log), out / "curves.png")
-    if first >= args.epochs:  # resumed after its end: nothing was left but to look
-        rows = evaluate(net, val_scans, recipe, precision, args.batch_size)
+    if writer:
+        writer.close()                                                                  # teardown
+    return history, rows
+
+
+# --------------------------------------------------------------------------------------------------- its Lightning twin
+
+
+def fit_lightning(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict]]:
+    """Train with lightning.Trainer on the same objects: what `fit_loop` does by hand, and returns the same."""
+    try:
+        import lightning
+        from lightning.pytorch.callbacks import ModelCheckpoint
+        from lightning.pytorch.loggers import TensorBoardLogger
+    except ImportError as error:
+        raise DataError(f"--engine {args.engine}: {error}; pip install lightning, or use --engine loop") from None
+
+    class Twin(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.log_rows, self.history, self.rows = run.net, run.log, [], []
+            self.forward_net = torch.compile(run.net) if args.compile else run.net
+
+        def configure_optimizers(self):
+            # Under float16, Lightning lets no fused optimiser clip its gradients.
+            fused = run.device.type in ("cpu", "cuda") and run.precision != torch.float16
+            optimizer = make_optimizer(args, run, fused)
+            factor = partial(lr_at, total=args.epochs * run.steps, schedule=args.schedule)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def on_train_epoch_start(self):
+            run.train_set.set_epoch(self.current_epoch)  # the sampler's is set by Lightning
+            self.losses, self.norms, self.rows, self.begun = [], [], [], time.perf_counter()
+
+        def training_step(self, batch, _):
+            image, mask = batch  # moved to the device by transfer_batch_to_device
+            logits = self.forward_net(image.contiguous(memory_format=torch.channels_last))
+            with torch.autocast(self.device.type, enabled=False):
+                loss = run.loss_function(logits.float(), mask)
+            self.losses.append(loss.detach())
+            return loss
+
+        def configure_gradient_clipping(self, *_, **__):
+            self.norms.append(clip_gradient(run.net, args.clip))
+
+        def optimizer_step(self, epoch, batch, optimizer, closure):
+            self.lr = optimizer.param_groups[0]["lr"]
+            super().optimizer_step(epoch, batch, optimizer, closure)
+
+        def on_validation_epoch_start(self):
+            self.seconds = time.perf_counter() - self.begun
+
+        def validation_step(self, i, _):
+            self.rows += evaluate(run.net, [run.val_scans[i]], run.recipe, run.precision, args.batch_size)
+
+        def on_train_epoch_end(self):
+            losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
+            seconds, self.rows = getattr(self, "seconds", time.perf_counter() - self.begun), gather(self.rows)
+            row = log_row(args, run, self.current_epoch, losses, norms, self.rows, self.lr, seconds, math.nan)
+            self.log_rows.append(row)
+            self.history += losses.tolist()
+            self.log("dice", row["dice_mean"] if self.rows else self.current_epoch)  # what ModelCheckpoint monitors
+            if run.rank == 0:
+                write_log(args, run, self.log_rows, self.rows, self.logger.experiment)
+
+        def on_save_checkpoint(self, checkpoint):
+            best = max(row["dice_mean"] for row in self.log_rows)
+            checkpoint |= checkpoint_of(args, run, self.current_epoch, best, self.log_rows)
+
+    twin = Twin()
+    often = {"dirpath": run.out, "save_on_train_epoch_end": True, "enable_version_counter": False}
+    savers = [ModelCheckpoint(filename="best", monitor="dice", mode="max", **often),
+              ModelCheckpoint(filename="last", **often)]
+    for saver in savers:
+        saver.FILE_EXTENSION = ".pt"
+    # Lightning fills its first batches before any hook runs; a resumed run must not fill them from epoch 0.
+    run.sampler.set_epoch(run.first)
+    run.train_set.set_epoch(run.first)
+    scans = DataLoader(range(len(run.val_scans))[run.rank :: run.world], batch_size=None)
+    precision = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[run.precision]
+    trainer = lightning.Trainer(
+        accelerator=run.device.type, devices=args.devices, num_nodes=args.num_nodes, max_epochs=args.epochs,
+        strategy="ddp" if run.world > 1 else "auto", precision=precision, accumulate_grad_batches=args.accumulate,
+        limit_train_batches=run.batches, logger=TensorBoardLogger(args.logs, run.out.name, ""), callbacks=savers,
+        num_sanity_val_steps=0, use_distributed_sampler=False, benchmark=True, enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+    )
+    last = str(run.out / "last.pt") if run.saved else None
+    trainer.fit(twin, run.loader, scans if run.val_scans else None, ckpt_path=last)
+    return twin.history, twin.rows
+
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Train, and say how well the network of the last epoch does.
+
+    Returns:
+        dice: mean over the validation scans after the last epoch (None without validation), not the best epoch's,
+            which was chosen on the very same scans;
+        scans: Dice by scan name; best: the best epoch's mean; losses: of every batch of this call; checkpoint: path of
+        last.pt; out: the run folder; seconds: wall time of the call.
+
+    Raises:
+        DataError: input that cannot be trained on, in one line.
+    """
+    started = time.perf_counter()
+    run = prepare(args)
+    try:
+        losses, rows = {"loop": fit_loop, "lightning": fit_lightning}[args.engine](args, run)
+        checkpoint = load_checkpoint(run.out / "last.pt") if run.rank == 0 else {"log": run.log, "best": math.nan}
+        if not losses:  # resumed after its end: nothing was left but to look
+            run.net.load_state_dict(run.saved["model"])
+            own = run.val_scans[run.rank :: run.world]
+            rows = gather(evaluate(run.net, own, run.recipe, run.precision, args.batch_size))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     result = {
         "dice": float(np.mean([row["dice"] for row in rows])) if rows else None,
         "scans": {row["name"]: row["dice"] for row in rows},
-        "best": best if rows else None,
-        "checkpoint": str(out / "last.pt"),
-        "out": str(out),
+        "best": checkpoint["best"] if rows else None,
+        "losses": losses,
+        "checkpoint": str(run.out / "last.pt"),
+        "out": str(run.out),
         "seconds": time.perf_counter() - started,
     }
-    print(closing(result, args))
+    if run.rank == 0:
+        visualize.save(visualize.curves(checkpoint["log"]), run.out / "curves.png")
+        print(closing(result, args))
     return result
+
+
+def compare_engines(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Run both engines from the same seed, each in a process of its own, and print and save how they differ."""
+    out, ends = Path(args.out), {}
+    for engine in ("loop", "lightning"):
+        # The last of an argument that is given twice counts.
+        command = [sys.executable, __file__, *argv, "--engine", engine, "--out", str(out / engine)]
+        if subprocess.run(command).returncode:
+            raise DataError(f"--engine both: {engine} failed; its message stands above")
+        ends[engine] = load_checkpoint(out / engine / "last.pt")
+    weights = [end["model"] for end in ends.values()]
+    difference = max((weights[0][name].float() - weights[1][name].float()).abs().max().item() for name in weights[0])
+    lines = [f"{'epoch':>5}  {'engine':9}  {'train loss':>10}  {'Dice':>6}  {'seconds':>7}  {'peak GB':>7}"]
+    for epoch in range(args.epochs):
+        for engine, end in ends.items():
+            row = end["log"][epoch]
+            lines += [f"{epoch + 1:5}  {engine:9}  {row['train_loss']:10.6f}  {row['dice_mean']:6.4f}  "
+                      f"{row['seconds']:7.1f}  {row['peak_memory_gb']:7.2f}"]
+    lines += [f"largest difference between the weights: {difference:.3g}"]
+    print("\n" + "\n".join(lines))
+    data.write_atomically(out / "engines.txt", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    logs = [end["log"] for end in ends.values()]
+    visualize.save(visualize.curves(*logs, names=list(ends)), out / "engines.png")
+    print(out / "engines.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
-        train(args)
+        if args.engine == "both":
+            compare_engines(args, sys.argv[1:] if argv is None else argv)
+        else:
+            train(args)
     except DataError as error:
-        print(error, file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(error, file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print(f"out of GPU memory; lower --batch-size {args.batch_size} or --size", file=sys.stderr)

@@ -23,12 +23,12 @@ def equal(a, b):
 
 
 def test_learning_rate_is_a_function_of_the_step():
-    rates = [train.lr_at(step, 100, 0.01) for step in range(100)]
-    assert rates[0] == pytest.approx(0.0005) and rates[19] == 0.01 == max(rates)
+    rates = [train.lr_at(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.05) and rates[19] == 1 == max(rates)
     assert rates[:20] == sorted(rates[:20]) and rates[19:] == sorted(rates[19:], reverse=True)
-    assert rates[60] == pytest.approx(0.005) and 0 < rates[99] < 1e-5
-    assert {train.lr_at(step, 7, 0.01, "constant") for step in range(7)} == {0.01}
-    assert 0 < train.lr_at(0, 1, 0.01) <= 0.01
+    assert rates[60] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
+    assert {train.lr_at(step, 7, "constant") for step in range(7)} == {1}
+    assert 0 < train.lr_at(0, 1) <= 1
 
 
 def test_what_a_run_leaves(run_args, phantoms, tmp_path, capsys):
