@@ -1,45 +1,82 @@
-"""The README's results, made from the JSON files under benchmarks/results/.
+"""The tables of the README: results and timings from the JSON files under benchmarks/results/, files from the code.
 
-    python benchmarks/table.py            # print it
-    python benchmarks/table.py --write    # put it into README.md, between the marks
+    python benchmarks/table.py            # print them
+    python benchmarks/table.py --write    # put them into README.md, between their marks
 """
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = ("run", "Dice", "worst", "Jaccard", "HD95 mm", "ASSD mm", "parameters", "minutes")
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = ("unet", "losses", "metrics", "data", "train", "predict", "visualize", "phantom")
 
 
-def row(path: Path) -> list[str]:
-    record = json.loads(path.read_text())
-    mean, std = record["mean"], record["std"]
-    return [
-        f"[`{path.stem}`](benchmarks/results/{path.name})",
-        f"{mean['dice']:.4f} ± {std['dice']:.4f}",
-        f"{record['worst_dice']:.4f}",
-        f"{mean['jaccard']:.4f}",
-        f"{mean['hd95']:.2f} ± {std['hd95']:.2f}",
-        f"{mean['assd']:.2f} ± {std['assd']:.2f}",
-        f"{record['parameters']:,}",
-        f"{record['minutes']:.0f}",
-    ]
-
-
-def table() -> str:
-    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    lines = [HEAD, ["---"] + ["---:"] * (len(HEAD) - 1), *map(row, paths)]
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def results() -> str:
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        mean, std = record["mean"], record["std"]
+        rows.append([
+            f"[`{path.stem}`](benchmarks/results/{path.name})", f"{mean['dice']:.4f} ± {std['dice']:.4f}",
+            f"{record['worst_dice']:.4f}", f"{mean['jaccard']:.4f}", f"{mean['hd95']:.2f} ± {std['hd95']:.2f}",
+            f"{mean['assd']:.2f} ± {std['assd']:.2f}", f"{len(record['log'])}", f"{record['minutes']:.0f}",
+        ])
+    return markdown(["run", "Dice", "worst", "Jaccard", "HD95 mm", "ASSD mm", "epochs", "minutes"], rows)
+
+
+def timings() -> str:
+    rows = []
+    for path in sorted((RESULTS / "engines").glob("*.json")):
+        record = json.loads(path.read_text())
+        for row in record["rows"]:
+            spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
+            rows.append([f"{row['row']} ({path.stem.split('_')[1]})", f"{row['ratio']:.2f}", spread])
+    return markdown(["seconds per epoch", "median ratio", "range"], rows)
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: no docstrings, comments and blanks."""
+    texts = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            texts |= set(range(node.lineno, node.end_lineno + 1))
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {n for token in tokens if token.type not in silent for n in range(token.start[0], token.end[0] + 1)}
+    return len(lines - texts)
+
+
+def files() -> str:
+    rows = []
+    for name in FILES:
+        source = (ROOT / f"{name}.py").read_text()
+        purpose = ast.get_docstring(ast.parse(source)).splitlines()[0].rstrip(".")
+        rows.append([f"[`{name}.py`]({name}.py)", purpose, str(code_lines(source))])
+    return markdown(["file", "what it is", "lines of code"], rows)
+
+
+def blocks() -> dict[str, str]:
+    return {"results": results(), "timings": timings(), "files": files()}
+
+
 if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, table in blocks().items():
+        print(table, end="\n\n")
+        text = re.sub(f"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", lambda _, t=table: t + "\n", text, flags=re.S)
     if "--write" in sys.argv:
-        readme = ROOT / "README.md"
-        marks = "<!-- results -->\n", "\n<!-- end of results -->"
-        text = re.sub(f"{marks[0]}.*?{marks[1]}", lambda _: table().join(marks), readme.read_text(), flags=re.S)
         readme.write_text(text)
-    print(table())
