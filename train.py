@@ -280,13 +280,14 @@ def write_json(content, file) -> None:
     file.write(json.dumps(content, indent=1).encode())
 
 
-def bar(run: Run, title: str, batch_size: int) -> Iterator:
-    """The batches of an epoch, under a progress bar in slices per second that is quiet where there is no terminal."""
-    hidden = True if run.rank > 0 else None  # None: tqdm looks for a terminal
-    with tqdm(total=run.batches * batch_size, desc=title, unit=" slices", leave=False, disable=hidden) as shown:
+def bar(args: argparse.Namespace, run: Run, epoch: int, log: Sequence[dict]) -> Iterator:
+    """The batches of an epoch under a progress bar: slices per second, and the loss of the epoch before."""
+    title = f"epoch {epoch + 1}/{args.epochs}" + (f", loss {log[-1]['train_loss']:.3f}" if log else "")
+    hidden = True if run.rank > 0 else None  # None: quiet where there is no terminal
+    with tqdm(total=run.batches * args.batch_size, desc=title, unit=" slices", leave=False, disable=hidden) as shown:
         for batch in islice(run.loader, run.batches):
             yield batch
-            shown.update(batch_size)
+            shown.update(args.batch_size)
 
 
 def describe(row: dict[str, float], epochs: int) -> str:
@@ -492,7 +493,7 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
         net.train()
         losses, norms, waited, begun = [], [], 0.0, time.perf_counter()
         ready = begun
-        for i, (image, mask) in enumerate(bar(run, f"epoch {epoch + 1}/{args.epochs}", args.batch_size)):
+        for i, (image, mask) in enumerate(bar(args, run, epoch, log)):
             waited += time.perf_counter() - ready
             image = image.to(device, memory_format=torch.channels_last, non_blocking=True)
             mask = mask.to(device, non_blocking=True)                                   # transfer_batch_to_device

@@ -136,16 +136,16 @@ class UNet(nn.Module):
             x = F.pad(x, padding, mode="replicate")
 
         skips = []
-        for block in self.down:  #                                (B,  64, H,   W  ) ────────────────────┐
-            skips.append(block(x))  #                              ↳ (B, 128, H/2, W/2) ──────────────┐  │
-            x = self.pool(skips[-1])  #                               ↳ (B, 256, H/4, W/4) ────────┐  │  │
-        x = self.bottom(x)  #                                            ↳ (B, 512, H/8, W/8)      │  │  │
-        for level, block in enumerate(self.up):  #                    ↱ (B, 256, H/4, W/4) ◁───────┘  │  │
-            x = F.interpolate(x, scale_factor=2, mode=self.interpolation)  #                          │  │
-            skip = self.gates[level](skips.pop(), x) if self.gates else skips.pop()  #                │  │
-            x = block(torch.cat([skip, x], dim=1))  #              ↱ (B, 128, H/2, W/2) ◁─────────────┘  │
-        assert not skips  #                                       (B,  64, H,   W  ) ◁───────────────────┘
-        return self.head(x)[(..., *map(slice, size))]  #          (B,   1, H,   W  )
+        for block in self.down:                                                     # (B,  64, H,   W  ) ───────────┐
+            skips.append(block(x))                                                  #   (B, 128, H/2, W/2) ──────┐  │
+            x = self.pool(skips[-1])                                                #     (B, 256, H/4, W/4) ─┐  │  │
+        x = self.bottom(x)                                                          #       (B, 512, H/8, W/8)│  │  │
+        for level, block in enumerate(self.up):                                     #                         │  │  │
+            x = F.interpolate(x, scale_factor=2, mode=self.interpolation)           #                         │  │  │
+            skip = self.gates[level](skips.pop(), x) if self.gates else skips.pop() #     (B, 256, H/4, W/4) ◁┘  │  │
+            x = block(torch.cat([skip, x], dim=1))                                  #   (B, 128, H/2, W/2) ◁─────┘  │
+        assert not skips                                                            # (B,  64, H,   W  ) ◁──────────┘
+        return self.head(x)[(..., *map(slice, size))]                               # (B,   1, H,   W  )
 
     @torch.no_grad()
     def predict(self, x: Tensor, threshold: float | None = None) -> Tensor:
