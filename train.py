@@ -76,12 +76,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--fold", default="0", metavar="K", help="the part to validate on, from 0; `all`: train on every scan")
     add("--normalise", default="percentile", choices=("zscore", "percentile", "minmax"), help="of each scan")
     add("--crop", type=int, default=0, metavar="N", help="pixels to cut off each border of a slice")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="training slices, padded or cropped; None: the largest")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="training slices, padded or cropped; None: the median")
     add("--augment", default="full", choices=("none", "seed", "full"), help="see data.py")
 
     add = parser.add_argument_group("network").add_argument
     add("--width", type=int, default=32, metavar="N", help="channels of the first level")
-    add("--depth", type=int, default=3, metavar="N", help="poolings")
+    add("--depth", type=int, default=4, metavar="N", help="poolings")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
     add("--attention", action="store_true", help="attention gates on the skips")
 
@@ -167,7 +167,8 @@ def load_data(args: argparse.Namespace) -> tuple[list, list, dict, dict]:
         train = train * max(1, 32 * args.batch_size // len(train))  # so that an epoch has about 32 steps
     multiple = 2**args.depth
     shapes = np.array([np.load(scan.image, mmap_mode="r").shape[1:] for scan in train])
-    size = args.size or (-(-shapes.max(axis=0) // multiple) * multiple).tolist()
+    # Larger slices are cropped, for training only: prediction takes them whole. The network pads up to a multiple.
+    size = args.size or (-(-np.median(shapes, axis=0).astype(int) // multiple) * multiple).tolist()
     return train, val, split, recipe | {"size": size}
 
 
