@@ -1,7 +1,12 @@
 """visualize.py: sizes, colours and proportions of the pictures, the files, the command line, and no trace of pyplot."""
 
+import base64
+import gzip
+import html
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +15,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import visualize
+from predict import VERSION
+from unet import UNet
 
 ROOT = Path(__file__).parents[1]
 SKY, YELLOW, VERMILION, BLACK, WHITE = (86, 180, 233), (240, 228, 66), (213, 94, 0), (0, 0, 0), (255, 255, 255)
@@ -78,12 +86,6 @@ def test_a_mask_has_an_opaque_rim_and_a_tint_inside():
     assert (rgb[rim] == SKY).all() and (rgb[~mask] == 100).all()
 
 
-def test_a_probability_tints_as_strongly_as_it_is_and_has_its_rim_at_one_half():
-    rgb = visualize.paint(np.zeros((1, 3), np.uint8), [np.array([[0.2, 0.5, 0.51]])])
-    expected = [np.rint(visualize.FILL * p * np.array(SKY)) for p in (0.2, 0.5)]  # 0.5 itself is background
-    np.testing.assert_array_equal(rgb[0], [*expected, SKY])
-
-
 def test_three_masks_have_three_colours():
     masks = np.eye(3, dtype=bool)[:, None]  # each mask one pixel of three
     rgb = visualize.paint(np.zeros((1, 3), np.uint8), masks)
@@ -104,28 +106,47 @@ def test_grey_spans_black_to_white_and_survives_what_is_no_number():
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_compare_shows_scan_truth_prediction_error_from_left_to_right():
+@pytest.mark.parametrize("dtype, names", [(bool, "scan truth prediction error"),
+                                          (np.float32, "scan truth probability prediction error")])
+def test_compare_shows_scan_truth_prediction_error_from_left_to_right(dtype, names):
     image, truth = np.zeros((1, 64, 64)), np.zeros((1, 64, 64), np.uint8)
     image[0, :, 63] = 1
     truth[0, 10:30, 10:50] = 1
     prediction = np.full((1, 64, 64), 0.49, np.float32)
     prediction[0, 20:40, 10:50] = 0.51
+    prediction = (prediction > 0.5) if dtype is bool else prediction
     picture = visualize.rgb(visualize.compare(image, truth, prediction, ["scan 1"]))
-    assert picture.dtype == np.uint8 and picture.shape[1] == 900 and 240 < picture.shape[0] < 310
-    columns = np.split(picture[44:270], 4, axis=1)  # between titles and legend
-    found = [[has(column, colour) for colour in (SKY, YELLOW, VERMILION)] for column in columns]
-    assert found == [[False] * 3, [True, False, False], [True, False, False], [True] * 3]
-    rows = [np.flatnonzero((columns[3] == colour).all(-1).any(1)).min() for colour in (YELLOW, SKY, VERMILION)]
+    assert picture.dtype == np.uint8 and picture.shape[1] == 900
+    cells = dict(zip(names.split(), np.split(picture[44:-22], len(names.split()), axis=1), strict=True))
+    assert len(cells["scan"]) == cells["scan"].shape[1]  # square, as the slice is
+    found = {name: [has(cell, colour) for colour in (SKY, YELLOW, VERMILION)] for name, cell in cells.items()}
+    one = [True, False, False]
+    expected = {"scan": [False] * 3, "truth": one, "probability": [False] * 3, "prediction": one, "error": [True] * 3}
+    assert found == {name: expected[name] for name in cells}
+    rows = [np.flatnonzero((cells["error"] == colour).all(-1).any(1)).min() for colour in (YELLOW, SKY, VERMILION)]
     assert rows == sorted(rows)  # the truth lies higher: missed above, correct in the middle, false below
-    titled = visualize.rgb(visualize.compare(image, truth, prediction))
-    assert len(picture) - len(titled) == 22
+    untitled = visualize.rgb(visualize.compare(image, truth, prediction))
+    assert len(picture) - len(untitled) == 22
+
+
+def test_a_probability_is_shown_as_it_is_beside_the_mask_above_one_half():
+    """0.2 and 0.4 look alike in the mask; the picture of the probability tells them apart, from dark to bright."""
+    levels = np.array([[[0.2, 0.4, 0.5, 0.51, 1.0]]], np.float32)
+    picture = visualize.rgb(visualize.compare(levels, levels > 0.5, levels))[22 + 10]
+    scan, truth, probability, prediction, error = np.split(picture, 5)
+    brightness = probability[18:180:35].sum(axis=-1)
+    assert (np.diff(brightness.astype(int)) > 0).all()
+    np.testing.assert_array_equal(prediction, truth)
+    assert 60 < (prediction != scan).any(axis=-1).sum() < 80  # two of five pixels: 0.5 itself is background
+    assert (scan != error).any()
 
 
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("dtype", [bool, np.float32])
 def test_compare_takes_any_range_dtype_and_number_of_rows(n, dtype):
     picture = visualize.rgb(visualize.compare(noise(n, 30, 50), ball((n, 30, 50)), ball((n, 30, 50)).astype(dtype)))
-    assert picture.shape[1] == 900 and abs(len(picture) - 44 - n * (4 + 221 * 30 / 50)) < n + 1
+    wide = 221 if dtype is bool else 176  # pixels of one of four, or of five
+    assert picture.shape[1] == 900 and abs(len(picture) - 44 - n * (4 + wide * 30 / 50)) < n + 1
     assert has(picture, SKY) and not has(picture[22:-22], YELLOW) and not has(picture[22:-22], VERMILION)
 
 
@@ -142,13 +163,72 @@ def test_overlay_picks_slices_that_hold_foreground(monkeypatch):
     scan, mask = noise(30, 48, 64), np.zeros((30, 48, 64), bool)
     mask[[4, 5, 6, 20], 20:30, 20:30] = True
     seen = []
-    views = visualize.views
-    monkeypatch.setattr(visualize, "views", lambda *args: seen.append(list(args[3])) or views(*args))
+    montage = visualize.montage
+    monkeypatch.setattr(visualize, "montage", lambda *args: seen.append(list(args[3])) or montage(*args))
     picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1)))
     visualize.overlay(scan, [], (1, 1, 1), count=4)
     visualize.overlay(scan, [np.zeros_like(mask)], (1, 1, 1), count=2)
     assert seen == [[4, 5, 6, 20], [0, 10, 19, 29], [0, 29]]
     assert all(has(column, SKY) for column in np.split(picture, 4, axis=1))
+
+
+def test_montage_numbers_every_slice_in_rows_of_eight():
+    mask = np.zeros((12, 48, 64), bool)
+    mask[10] = True
+    picture = visualize.rgb(visualize.montage(noise(12, 48, 64), [mask], (1, 1, 1)))
+    assert picture.shape == (2 * (4 + 81) + 22, 8 * 112, 3)
+    cells = [cell for row in np.split(picture[:-22], 2) for cell in np.split(row, 8, axis=1)]
+    assert [n for n, cell in enumerate(cells) if has(cell, SKY)] == [10]
+    assert [n for n, cell in enumerate(cells) if not cell.any()] == [12, 13, 14, 15]
+    assert len({cell[2:18, 2:20].tobytes() for cell in cells[:12]}) == 12  # the numbers
+
+
+def test_planes_cut_through_the_largest_section_in_one_scale_with_the_head_up():
+    """One voxel above the organ and one behind it are where a physician looks for them, at their distance in mm."""
+    shape = (20, 40, 30)
+    organ, above, behind = ball(shape, (8, 22, 12), 4), np.zeros(shape, bool), np.zeros(shape, bool)
+    above[16, 22, 12] = behind[8, 36, 12] = True
+    picture = visualize.rgb(visualize.planes(np.zeros(shape, np.float32), [organ, above, behind], (2, 1, 1)))
+    zoom = 892 / (30 + 40)  # pixels per mm: axial is 30 mm wide, sagittal 40
+    assert abs(picture.shape[1] - 900) <= 2
+    axial, right = np.split(picture[:-44], [round(30 * zoom) + 4], axis=1)
+    coronal, sagittal = np.split(right, 2)
+
+    def offset(cut, mask):  # mm below and to the right of the organ
+        places = [np.argwhere((cut == colour).all(-1)).mean(axis=0) for colour in (visualize.MASKS[mask], SKY)]
+        return (places[0] - places[1]) / zoom
+
+    np.testing.assert_allclose(offset(axial, 2), (14, 0), atol=0.5)
+    np.testing.assert_allclose(offset(coronal, 1), (-16, 0), atol=0.5)
+    np.testing.assert_allclose(offset(sagittal, 1), (-16, 0), atol=0.5)
+    np.testing.assert_allclose(offset(sagittal, 2), (0, 14), atol=0.5)
+    size = np.ptp(np.argwhere((sagittal == SKY).all(-1)), axis=0) / zoom
+    np.testing.assert_allclose(size, (18, 9), atol=0.5)  # nine voxels of 2 x 1 mm
+
+
+def test_surface_shows_the_error_in_mm():
+    """A ball 3 mm too large is orange all over, one too small blue; without a truth: one colour, no scale."""
+    large, small = (ball((24, 48, 48), radius=radius) for radius in (11, 8))
+    for masks, red_over_blue in (([large, small], 1), ([small, large], -1)):
+        figure = visualize.surface(masks, (1, 1, 1))
+        low, high = figure.axes[0].get_xlim()  # of the colour bar
+        assert high == -low and 3 <= high <= 4
+        picture = visualize.rgb(figure)[:-80].astype(int)
+        difference = red_over_blue * (picture[..., 0] - picture[..., 2])
+        assert (difference > 60).sum() > 50_000 and not (difference < -20).any()
+    alone = visualize.surface([large], (1, 1, 1))
+    assert len(alone.axes) == 2 and (visualize.rgb(alone) == 255).all(-1).any()
+    with pytest.raises(ValueError, match="empty"):
+        visualize.surface([np.zeros((4, 4, 4), bool)], (1, 1, 1))
+
+
+def test_surface_keeps_the_proportions_in_mm():
+    """A ball is as wide as it is high, however thick the slices are."""
+    grid = np.indices((11, 44, 44))
+    mask = ((grid[0] - 5) * 4) ** 2 + (grid[1] - 22) ** 2 + (grid[2] - 22) ** 2 <= 14**2
+    picture = visualize.rgb(visualize.surface([mask], (4, 1, 1)))[30:, :450]
+    rows, columns = np.nonzero((picture < 250).any(axis=-1))
+    assert np.ptp(columns) == pytest.approx(np.ptp(rows), rel=0.15) and 300 < np.ptp(columns) < 420
 
 
 def test_augmented_draws_the_slice_and_24_augmentations_in_one_window():
@@ -247,6 +327,127 @@ def test_save_leaves_the_old_picture_when_it_fails(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["x.png"]
 
 
+# -------------------------------------------------------------------------------------------------------------- player
+
+
+def content(page):
+    """What visualize.py put into the page, and its two volumes: greys and labels (D, H, W)."""
+    scan = json.loads(re.search(r"const scan = (.*);", page)[1])
+    voxels = np.frombuffer(gzip.decompress(base64.b64decode(scan["voxels"])), np.uint8)
+    return scan, *voxels.reshape(2, *scan["shape"])
+
+
+def test_player_holds_the_volume_and_a_bit_for_each_mask():
+    scan, prediction, truth = noise(12, 48, 64), np.roll(ball(), 3, 2), ball()
+    page = visualize.player(scan, [prediction, truth], (3, 2, 1), plane=1)
+    told, greys, labels = content(page)
+    assert told["spacing"] == [3, 2, 1] and told["start"] == "coronal"
+    assert list(told["masks"]) == ["prediction", "truth"] and list(told["errors"]) == ["missed", "false"]
+    assert np.abs(greys.astype(int) - visualize.grey(scan)).max() < 4
+    np.testing.assert_array_equal(labels, prediction + 2 * truth)
+    assert content(visualize.player(scan, [], (1, 1, 1)))[2].max() == 0
+    assert list(content(visualize.player(scan, [truth] * 3, (1, 1, 1)))[0]["masks"]) == ["mask 1", "mask 2", "mask 3"]
+
+
+def test_player_shrinks_large_slices_and_keeps_their_size_in_mm():
+    told, _, labels = content(visualize.player(noise(2, 320, 640), [np.ones((2, 320, 640))], (5, 1, 1)))
+    assert told["shape"] == [2, 160, 320] and told["spacing"] == [5, 2, 2] and labels.all()
+
+
+def test_player_page_fetches_nothing():
+    page = (ROOT / "player.html").read_text()
+    assert "default-src 'none'" in page and not re.search(r"https?:|//\w|\bsrc=|import|fetch\(", page)
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_player_in_a_browser(files, tmp_path):
+    """Slider, layers, keys, play and click do what they say; the console stays silent, the network untouched."""
+    movie = tmp_path / "movie.html"
+    assert visualize.main(["movie", *files, "--out", str(movie)]) == 0
+    page = movie.read_text()
+    listen = "<script>window.told = []; onerror = onunhandledrejection = event => told.push(String(event))</script>"
+    check = (ROOT / "tests" / "player_check.js").read_text()
+    movie.write_text(page.replace("<title>", f"{listen}<title>").replace("</html>", f"<script>{check}</script></html>"))
+    # The browser itself would call home.
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
+             "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", *quiet,
+               "--window-size=900,700", "--virtual-time-budget=20000", "--enable-logging=stderr", "--dump-dom",
+               movie.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)
+    assert found, done.stderr[-2000:]
+    seen = json.loads(html.unescape(found[1]))
+
+    assert seen["start"] == ["axial 5 / 9", "coronal 16 / 30", "sagittal 21 / 40"]
+    (wide, high), (wide_1, high_1), (wide_2, high_2) = seen["sizes"]  # 80 x 60, 80 x 36 and 60 x 36 mm
+    assert wide == wide_1 and high_1 == high_2
+    assert high / wide == pytest.approx(60 / 80, abs=0.02) and high_1 / wide == pytest.approx(36 / 80, abs=0.02)
+    assert wide_2 / wide == pytest.approx(60 / 80, abs=0.02)
+    sky, yellow, vermilion, purple = seen["colours"]
+    assert min(sky, yellow, vermilion) > 0 and purple == 0  # the truth is a layer that one has to ask for
+    assert seen["slider"] == ["axial 1 / 9", True, 0] and seen["back"] is True
+    assert seen["opacity"] == [True, True]  # The fill goes, the rim stays.
+    assert seen["prediction"] == 0 and seen["errors"] == [0, 0] and seen["truth"] > 0 and seen["scan"] == 2
+    assert seen["on_again"] is True and seen["key_1"] is False
+    assert seen["right"] == "axial 6 / 9" and seen["left"] == "axial 4 / 9"
+    assert seen["coronal"] == ["axial 4 / 9", "coronal 5 / 30", "sagittal 21 / 40"]
+    assert seen["play"] == [True, True]
+    assert seen["click"][1:] == ["coronal 30 / 30", "sagittal 1 / 40"]  # the corner at the patient's back and right
+    # An attempt to fetch would be listed, or, refused by the page's own policy, be an error in the console.
+    told = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "willReadFrequently" not in line]
+    assert seen["fetched"] == [] and seen["errors_told"] == [] and told == []  # The hint is for the test.
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_layers_are_laid_out_as_the_u(attention):
+    torch.manual_seed(0)
+    net = UNet(width=4, depth=2, attention=attention).train()
+    figure = visualize.layers(net, noise(22, 31) / 20)
+    said = [text.get_text() for text in figure.axes[0].texts]
+    places = {text.get_text().split(":")[0]: text.get_position() for text in figure.axes[0].texts}
+    assert {"down 1: 4 channels, 24 x 32", "down 2: 8 channels, 12 x 16", "bottom: 16 channels, 6 x 8",
+            "up 2: 8 channels, 12 x 16", "up 1: 4 channels, 24 x 32", "probability"} <= set(said)
+    assert said.count("skip") == 2 and said.count("gate") == 2 * attention
+    x, y = zip(*(places[name] for name in ("down 1", "down 2", "bottom", "up 2", "up 1")), strict=True)
+    assert list(x) == sorted(x) and y[0] == y[4] < y[1] == y[3] < y[2]
+    assert visualize.rgb(figure).shape[1] == 900
+    assert net.training and not any(module._forward_hooks for module in net.modules())
+
+
+def test_layers_of_a_3d_network_are_refused():
+    with pytest.raises(ValueError, match="2D"):
+        visualize.layers(UNet(width=2, depth=1, dims=3), noise(8, 8))
+
+
+def test_layers_command_shows_the_slice_in_which_the_network_sees_most(files, tmp_path, monkeypatch):
+    net = UNet(width=2, depth=1)
+    recipe = {"axis": 2, "label": None, "spacing": [None] * 3, "crop": 0, "normalise": "zscore", "size": [32, 40]}
+    network = {"width": 2, "depth": 1}
+    saved = {"version": VERSION, "model": net.state_dict(), "network": network, "preprocess": recipe}
+    torch.save(saved, tmp_path / "x.pt")
+    volumes = []
+
+    def predict_volume(net, volume, **_):
+        volumes.append(volume)
+        return np.eye(len(volume))[6][:, None, None]  # all in slice 6
+
+    monkeypatch.setattr("predict.predict_volume", predict_volume)
+    _, image = visualize.fullest_slice(tmp_path / "x.pt", files[0])
+    assert image.shape == (32, 40) and image.dtype == np.float32
+    np.testing.assert_array_equal(image[1:31], volumes[0][6])
+    monkeypatch.undo()
+    out = tmp_path / "layers.png"
+    assert visualize.main(["layers", str(tmp_path / "x.pt"), files[0], "--out", str(out)]) == 0 and out.exists()
+    assert visualize.main(["layers", str(tmp_path / "absent.pt"), files[0], "--out", str(tmp_path / "no.png")]) == 2
+
+
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
@@ -267,8 +468,9 @@ def test_curves_draw_the_columns_that_are_there():
     (axes,) = visualize.curves(part).axes
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[0, 0.9], [1, 0.5]])
     figure = visualize.curves(full, part, names=["first", "second"])
-    assert len(figure.axes) == 6 and [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
-    first, _, second, _ = figure.axes[0].lines
+    assert len(figure.axes) == len(visualize.CURVES)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
+    first, _, second, _ = figure.axes[1].lines
     assert first.get_color() != second.get_color()
     assert visualize.rgb(figure).shape[1:] == (900, 3)
 
@@ -282,6 +484,9 @@ def test_every_command_writes_its_picture_and_prints_where(files, tmp_path, caps
     for command, ending in (
         (["overlay", scan], "png"),
         (["overlay", scan, prediction, truth, "--axis", "0"], "png"),
+        (["montage", scan, prediction, "--axis", "1"], "png"),
+        (["planes", scan, prediction, truth], "png"),
+        (["surface", scan, prediction, truth], "png"),
         (["movie", scan, prediction], "gif"),
         (["curves", run, run], "png"),
     ):
@@ -398,12 +603,14 @@ assert alive == 0, alive
     assert done.returncode == 0, done.stderr
 
 
-def test_alone_in_a_folder_augment_says_what_is_missing(files, tmp_path):
+@pytest.mark.parametrize("command, out, missing", [("augment", "x.png", "data.py"), ("layers", "x.png", "data.py"),
+                                                   ("movie", "x.html", "player.html")])
+def test_alone_in_a_folder_it_says_what_is_missing(command, out, missing, files, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(ROOT / "visualize.py", alone)
-    command = [sys.executable, "visualize.py", "augment", *files[::2], "--out", "x.png"]
+    command = [sys.executable, "visualize.py", command, *files[::2], "--out", out]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=alone, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "data.py" in done.stderr
-    assert not (alone / "x.png").exists()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and missing in done.stderr
+    assert not (alone / out).exists()
