@@ -182,6 +182,15 @@ def find_scans(paths: Sequence[str]) -> list[Pair]:
     return pairs
 
 
+def table(rows: Sequence[dict]) -> str:
+    """A line for each scan, the worst first, under a line of headings."""
+    wide = max(len("scan"), *(len(row["name"]) for row in rows))
+    lines = [f"{'scan':{wide}}    Dice  HD95 mm  ASSD mm"]
+    for row in sorted(rows, key=lambda row: row["dice"]):
+        lines.append(f"{row['name']:{wide}}  {row['dice']:.4f}  {row['hd95']:7.2f}  {row['assd']:7.2f}")
+    return "\n".join(lines)
+
+
 def summarise(rows: Sequence[dict]) -> str:
     """One line: Dice over the scans (mean, standard deviation, worst), distances where both masks have voxels."""
     dice = np.array([row["dice"] for row in rows])
@@ -286,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        print(f"{path}\n{summarise(rows)}")
+        print(f"{path}\n\n{table(rows)}\n{summarise(rows)}")
     return 0
 
 

@@ -179,7 +179,8 @@ def evaluate(
 
     Returns:
         One row per scan: name, dice (an empty mask predicted empty is 1), truth and prediction (foreground voxels),
-        voxels, and `panel`: image, truth and probability (H, W) of the slice with the most foreground.
+        voxels, and image, truth and probability (H, W) of two slices: `panel`, the one with the most foreground, and
+        `worst`, the one with the most wrong pixels.
     """
     rows = []
     for scan in scans:
@@ -188,7 +189,7 @@ def evaluate(
         probability = predict_volume(net, image, size=recipe["size"], precision=precision, batch_size=batch_size)
         prediction, truth = data.undo_preprocess(probability, truth.shape, recipe) > 0.5, truth.astype(bool)
         overlap, predicted, true = (int(np.count_nonzero(m)) for m in (prediction & truth, prediction, truth))
-        fullest = int(mask.sum(axis=(1, 2)).argmax())
+        fullest, wrong = (int(m.sum(axis=(1, 2)).argmax()) for m in (mask, (probability > 0.5) != mask))
         rows.append(
             {
                 "name": scan.name,
@@ -197,19 +198,20 @@ def evaluate(
                 "prediction": predicted,
                 "voxels": truth.size,
                 "panel": (image[fullest].astype(np.float32), mask[fullest], probability[fullest]),
+                "worst": (image[wrong].astype(np.float32), mask[wrong], probability[wrong]),
             }
         )
     return rows
 
 
-def panels(rows: Sequence[dict]):
-    """Scan, truth, prediction and error of the fullest slice of the first four validation scans."""
-    shown = [row["panel"] for row in rows[:4]]
+def panels(rows: Sequence[dict], which: str = "panel"):
+    """Scan, truth, probability, prediction and error of a slice (`panel` or `worst`) of each validation scan."""
+    shown = [row[which] for row in rows]
     size = np.max([image.shape for image, _, _ in shown], axis=0)
     images, truths, probabilities = (
         np.stack([data.fit(array, size) for array in arrays]) for arrays in zip(*shown, strict=True)
     )
-    titles = [f"{row['name']}  Dice {row['dice']:.3f}" for row in rows[:4]]
+    titles = [f"{row['name']}  Dice {row['dice']:.3f}" for row in rows]
     return visualize.compare(images, truths, probabilities, titles)
 
 
@@ -268,9 +270,10 @@ def write_log(args: argparse.Namespace, run: Run, log: Sequence[dict], rows: Seq
     table.writerows(log)
     data.write_atomically(run.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
     for name, value in log[-1].items():
-        writer.add_scalar(name, value, log[-1]["epoch"])
+        # dice_mean becomes dice/mean: TensorBoard draws what has the same first part side by side.
+        writer.add_scalar(name.replace("_", "/", 1), value, log[-1]["epoch"])
     if rows:
-        figure = panels(rows)
+        figure = panels(rows[:4])
         visualize.save(figure, run.out / "validation.png")
         writer.add_image("validation", visualize.rgb(figure), log[-1]["epoch"], dataformats="HWC")
     writer.flush()
@@ -306,13 +309,14 @@ def closing(result: dict, args: argparse.Namespace) -> str:
     """What a run reached, where it lies, and the command to type next."""
     lines = [""]
     if result["scans"]:
-        dice = np.sort(list(result["scans"].values()))
-        lines += [f"  {name:24} {dice:.4f}" for name, dice in result["scans"].items()]
+        dice, wide = np.sort(list(result["scans"].values())), max(4, *(len(name) for name in result["scans"]))
+        ranked = sorted(result["scans"].items(), key=lambda item: item[1])
+        lines += [f"  {'scan':{wide}}    Dice", *(f"  {name:{wide}}  {value:.4f}" for name, value in ranked)]
         lines += [f"Dice {dice.mean():.4f} ± {dice.std():.4f} over {len(dice)} scans, worst {dice.min():.4f}; "
                   f"last epoch (the best, chosen on these scans: {result['best']:.4f})"]
     source = str(Path(args.cache) / "phantom") if args.data == "phantom" else args.data
     command = ["python", "predict.py", source, "--checkpoint", result["checkpoint"], "--out", f"{result['out']}/masks"]
-    lines += [f"{result['seconds'] / 60:.1f} minutes; weights, log.csv, curves.png, validation.png in {result['out']}",
+    lines += [f"{result['seconds'] / 60:.1f} minutes; weights, log.csv, curves.png, worst.png in {result['out']}",
               f"next: {shlex.join(command)}"]
     return "\n".join(lines)
 
@@ -518,7 +522,9 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
         seconds = time.perf_counter() - begun
 
         # -- evaluate ------------------------------------------------------------------- validation_step
-        rows = gather(evaluate(net, run.val_scans[run.rank :: run.world], run.recipe, run.precision, args.batch_size))
+        scans = run.val_scans[run.rank :: run.world]
+        scans = tqdm(scans, "validation", unit=" scans", leave=False, disable=run.rank > 0 or None)
+        rows = gather(evaluate(net, scans, run.recipe, run.precision, args.batch_size))
 
         # -- log ------------------------------------------------------------------------ log_dict
         lr = optimizer.param_groups[0]["lr"]
@@ -667,6 +673,8 @@ def train(args: argparse.Namespace) -> dict:
     }
     if run.rank == 0:
         visualize.save(visualize.curves(checkpoint["log"]), run.out / "curves.png")
+        if rows:
+            visualize.save(panels(sorted(rows, key=lambda row: row["dice"])[:3], "worst"), run.out / "worst.png")
         print(closing(result, args))
     return result
 

@@ -164,6 +164,14 @@ def test_summary_counts_failures_apart():
     assert "HD95 2.00 ± 0.00 mm" in line and "1 scans with one mask empty" in line
 
 
+def test_table_is_aligned_and_begins_with_the_worst():
+    rows = [{"name": "good", "dice": 0.9, "hd95": 2.0, "assd": 1.0},
+            {"name": "a_long_name", "dice": 0.1, "hd95": np.inf, "assd": 123.45}]
+    lines = predict.table(rows).splitlines()
+    assert [line.split()[0] for line in lines] == ["scan", "a_long_name", "good"]
+    assert len({len(line) for line in lines}) == 1 and lines[1].endswith("0.1000      inf   123.45")
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("touch executed",)

@@ -35,7 +35,7 @@ def test_what_a_run_leaves(run_args, phantoms, tmp_path, capsys):
     args = train.parse_args([*run_args, "--augment", "seed"])
     result = train.train(args)
     out, shown = tmp_path / "run", capsys.readouterr().out
-    left = {"last.pt", "best.pt", "log.csv", "split.json", "args.json", "validation.png", "curves.png"}
+    left = {"last.pt", "best.pt", "log.csv", "split.json", "args.json", "validation.png", "curves.png", "worst.png"}
     assert {path.name for path in out.iterdir()} == left
 
     checkpoint = predict.load_checkpoint(out / "last.pt")
@@ -52,9 +52,12 @@ def test_what_a_run_leaves(run_args, phantoms, tmp_path, capsys):
     assert result["dice"] == pytest.approx(float(log[-1]["dice_mean"])) == np.mean(list(result["scans"].values()))
     assert set(result["scans"]) == set(split["val"]) and result["checkpoint"] == str(out / "last.pt")
     assert result["seconds"] > 0 and all(name in shown for name in split["val"])
+    table = [line for line in shown.splitlines() if line.startswith("  ")]
+    assert table[0].split() == ["scan", "Dice"] and len({len(line) for line in table}) == 1
+    assert len(table) == 3 and table[1].split()[1] <= table[2].split()[1]  # the worst first
     assert f"predict.py {phantoms} --checkpoint {out}/last.pt" in shown
     events = list((tmp_path / "logs" / "run").glob("events*"))
-    assert len(events) == 1 and b"dice_mean" in events[0].read_bytes() and b"validation" in events[0].read_bytes()
+    assert len(events) == 1 and b"dice/mean" in events[0].read_bytes() and b"validation" in events[0].read_bytes()
 
 
 def test_predict_reproduces_the_validation_dice_from_files(run_args, phantoms, tmp_path):
@@ -203,3 +206,13 @@ def test_compiled_network_saves_plain_names(run_args, tmp_path):
 def test_learns_on_cuda(run_args, precision):
     changes = ["--device", "cuda", "--overfit", "4", "--epochs", "8", "--width", "8", "--precision", precision]
     assert train.train(train.parse_args([*run_args, *changes]))["dice"] > 0.95
+
+
+def test_worst_shows_the_slice_with_the_most_wrong_pixels(run_args, tmp_path):
+    """The fullest slice of a scan may be the one that went well."""
+    run = train.prepare(train.parse_args(run_args))
+    rows = train.evaluate(run.net, run.val_scans, run.recipe, run.precision, 8)
+    for row, scan in zip(rows, run.val_scans, strict=True):
+        wrong = (row["worst"][2] > 0.5) != row["worst"][1]
+        assert wrong.sum() >= ((row["panel"][2] > 0.5) != row["panel"][1]).sum()
+        assert row["panel"][1].sum() == max(scan.foreground)
