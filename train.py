@@ -269,7 +269,7 @@ def write_log(args: argparse.Namespace, run: Run, log: Sequence[dict], rows: Seq
     table.writeheader()
     table.writerows(log)
     data.write_atomically(run.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
-    for name, value in log[-1].items():
+    for name, value in list(log[-1].items())[1:]:  # the first is the epoch
         # dice_mean becomes dice/mean: TensorBoard draws what has the same first part side by side.
         writer.add_scalar(name.replace("_", "/", 1), value, log[-1]["epoch"])
     if rows:

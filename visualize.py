@@ -499,7 +499,7 @@ def curves(*runs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figu
             if "dice_mean" in columns and "dice_std" in needed:
                 band = data["dice_mean"] - data["dice_std"], data["dice_mean"] + data["dice_std"]
                 axes.fill_between(data["epoch"], *band, color=colour, alpha=0.15, linewidth=0)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] if axes.dataLim.y1 > 0 else 1)
         if len(columns) > 1:
             axes.legend(handles=axes.lines[: len(columns)], fontsize=8)
     for axes in figure.axes[-3:]:
@@ -637,7 +637,7 @@ def draw(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: {args.command} writes {' or '.join(endings)}; name the file so")
     if args.command == "curves":
         runs = [read_log(Path(run, "log.csv")) for run in args.runs]
-        return save(curves(*runs, names=args.runs), args.out)
+        return save(curves(*runs, names=args.runs if len(runs) > 1 else ()), args.out)
     try:
         if args.command == "layers":
             return save(layers(*fullest_slice(args.checkpoint, args.scan)), args.out)
