@@ -107,19 +107,18 @@ def centred(picture: np.ndarray, width: int, height: int = 0) -> np.ndarray:
 
 
 def footer(width: int, count: int, caption: str = "", zoom: float = 0) -> np.ndarray:
-    """What goes below a picture: caption, scale bar (at `zoom` pixels per mm), legend of `count` masks."""
-    words, colours = [caption] if caption else [], []
+    """What goes below a picture: caption and scale bar, if it has `zoom` pixels per mm; the legend of several masks."""
+    lines = []
     if zoom:
         bar = max((mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm * zoom < width / 3), default=1)
-        words.append(f"{bar} mm")
-    lines = [strip(width, words)] if words else []
-    if zoom:
+        words = [caption, f"{bar} mm"] if caption else [f"{bar} mm"]
+        lines.append(strip(width, words))
         left = round((len(words) - 0.5) * width / len(words) - bar * zoom / 2)
         lines[0][-2:, left : left + round(bar * zoom)] = 255
     if count > 1:
         colours = legend(count)
         lines.append(centred(strip(min(width, 100 * count), list(colours), colours.values()), width))
-    return np.concatenate(lines) if lines else np.zeros((0, width, 3), np.uint8)
+    return np.concatenate(lines)
 
 
 def resized(picture: np.ndarray, masks: Sequence, spacing: Sequence[float], zoom: float) -> tuple[np.ndarray, list]:
@@ -221,18 +220,18 @@ def overlay(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[flo
 
 def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float]) -> Figure:
     """Three planes of an axial scan, in one scale, through the middle of the largest section of the masks."""
-    masks = check(scan, masks)
+    masks, picture = check(scan, masks), grey(scan)
     union = np.any(masks, axis=0) if np.any(masks) else np.ones(scan.shape, bool)
     largest = int(union.sum(axis=(1, 2)).argmax())
     centre = largest, *(int(np.median(places)) for places in np.nonzero(union[largest]))
     zoom = (WIDTH - 8) / (scan.shape[2] * spacing[2] + max(np.multiply(scan.shape, spacing)[1:]))
     cells = {}
     for name, axes in PLANES.items():
-        picture, *cuts = (array.transpose(axes)[centre[axes[0]]] for array in (grey(scan), *masks))
-        upright = slice(None) if name == "axial" else slice(None, None, -1)  # the patient's head is up
-        picture = frame(picture[upright], [mask[upright] for mask in cuts], [spacing[axis] for axis in axes[1:]], zoom)
+        upright = slice(None, None, 1 if name == "axial" else -1)  # the patient's head is up
+        cut, *cuts = (array.transpose(axes)[centre[axes[0]]][upright] for array in (picture, *masks))
+        rgb = frame(cut, cuts, [spacing[axis] for axis in axes[1:]], zoom)
         title = f"{name} {centre[axes[0]] + 1} / {scan.shape[axes[0]]}"
-        cells[name] = np.concatenate((strip(picture.shape[1], [title]), picture))
+        cells[name] = np.concatenate((strip(rgb.shape[1], [title]), rgb))
     wide = max(cells[name].shape[1] for name in ("coronal", "sagittal"))
     right = np.concatenate([centred(cells[name], wide) for name in ("coronal", "sagittal")])
     high = max(len(cells["axial"]), len(right))
@@ -329,6 +328,8 @@ def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
     Slices above 320 pixels are shrunk. `plane` is the one that the keys move first: 0 sagittal, 1 coronal, 2 axial.
     """
     masks = check(scan, masks)
+    if len(masks) > 8:
+        raise ValueError(f"{len(masks)} masks; a voxel of the player has eight bits, one for each mask")
     zoom = min(1, 320 / max(scan.shape[1:]))  # here in voxels, not in mm
     slices = [resized(picture, [m[n] for m in masks], (1, 1), zoom) for n, picture in enumerate(grey(scan))]
     # Two bytes a voxel: its grey in steps of 4, which the eye cannot tell apart and gzip can, and a bit for each mask.
@@ -358,11 +359,11 @@ def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
 # ------------------------------------------------------------------------------------------------ what the network sees
 
 
-def layers(net, image: np.ndarray) -> Figure:
-    """What each level of a 2D U-Net of unet.py makes of a slice, laid out as the U: eight channels a level.
+def features(net, image: np.ndarray) -> dict[str, np.ndarray]:
+    """What a 2D U-Net of unet.py makes of a slice: by name, feature maps (C, H, W), finest level 1, and `probability`.
 
     Args:
-        net: the network; its attention gates, if it has them, are shown on the skips.
+        net: the network; of attention gates, `gate 1` and so on are the weights (1, H, W) of the skips.
         image: float32 (H, W), preprocessed as for training.
     """
     import torch  # Here, so that the other pictures work without it.
@@ -371,23 +372,31 @@ def layers(net, image: np.ndarray) -> Figure:
         raise ValueError(f"the network has {net.dims} dimensions; layers draws those of a 2D one")
     seen, depth = {}, len(net.down)
     parts = {"bottom": net.bottom}
-    for level in range(depth):  # The lists of the way up begin at the coarsest level.
-        parts |= {f"down {level + 1}": net.down[level], f"up {level + 1}": net.up[depth - 1 - level]}
+    for level in range(1, depth + 1):  # The lists of the way up begin at the coarsest level.
+        parts |= {f"down {level}": net.down[level - 1], f"up {level}": net.up[depth - level]}
         if net.gates:
-            parts[f"gate {level + 1}"] = net.gates[depth - 1 - level].weight
+            parts[f"gate {level}"] = net.gates[depth - level].weight
 
     def keep(name):
-        return lambda module, inputs, output: seen.update({name: output[0].float().cpu().numpy()})  # (C, H, W)
+        return lambda module, inputs, output: seen.update({name: output[0].float().cpu().numpy()})
 
     hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
     try:
-        x = torch.from_numpy(image)[None, None].to(next(net.parameters()).device)
-        probability = net.predict(x)[0, 0].cpu().numpy()
+        x = torch.from_numpy(image)[None, None].to(next(net.parameters()).device)  # (1, 1, H, W)
+        seen["probability"] = net.predict(x)[0].cpu().numpy()
     finally:
         for hook in hooks:
             hook.remove()
+    for name in seen:
+        if name.startswith("gate"):
+            seen[name] = 1 / (1 + np.exp(-seen[name]))  # the sigmoid, which the gate takes after its last layer
+    return seen
 
-    tile = 62, round(62 * image.shape[0] / image.shape[1])  # pixels (width, height)
+
+def layers(net, image: np.ndarray) -> Figure:
+    """The `features` of a network laid out as the U: eight channels a level, attention gates on the skips."""
+    seen, depth = features(net, image), len(net.down)
+    tile = 62, round(62 * image.shape[0] / image.shape[1])  # pixels (width, height) of a map
     wide, high = 4 * tile[0] + 6, 2 * tile[1] + 2  # of a level: two rows of four
     rows = [2 * tile[1] + 60 + level * (high + 42) for level in range(depth + 1)]  # upper edges
     figure = sheet(np.full((rows[-1] + high + 10, WIDTH, 3), 255, np.uint8))
@@ -399,7 +408,7 @@ def layers(net, image: np.ndarray) -> Figure:
         axes.text(left + width / 2, upper - 4, title, fontsize=8, ha="center", va="bottom")
 
     def scaled(channel, factor=1):
-        return np.array(Image.fromarray(channel).resize(np.multiply(tile, factor), Image.Resampling.NEAREST))
+        return np.array(Image.fromarray(channel).resize(np.multiply(tile, factor), Image.Resampling.BOX))
 
     def maps(name, left, upper):
         cells = np.full((high, wide), np.nan, np.float32)
@@ -414,7 +423,8 @@ def layers(net, image: np.ndarray) -> Figure:
         axes.text((start[0] + end[0]) / 2, start[1] - 4, title, fontsize=8, color=RUNS[0], ha="center", va="bottom")
 
     show(scaled(image, 2), 10 + wide / 2 - tile[0], 20, "the slice", "gray")
-    show(scaled(probability, 2), WIDTH - 10 - wide / 2 - tile[0], 20, "probability", "cividis", vmin=0, vmax=1)
+    output = scaled(seen["probability"][0], 2)
+    show(output, WIDTH - 10 - wide / 2 - tile[0], 20, "probability", "cividis", vmin=0, vmax=1)
     note = "the eight channels of each level that vary most,\neach in its own range"
     note += "; gates from 0 (blue) to 1 (yellow)" if net.gates else ""
     axes.text(middle, 20 + tile[1], note, fontsize=8, ha="center")
@@ -432,8 +442,8 @@ def layers(net, image: np.ndarray) -> Figure:
         arrow(upper, lower)
         arrow((WIDTH - lower[0], lower[1]), (WIDTH - upper[0], upper[1]))
         if net.gates:
-            weights = 1 / (1 + np.exp(-seen[f"gate {level + 1}"][0]))
-            show(scaled(weights), middle - tile[0] / 2, half - tile[1] / 2, "gate", vmin=0, vmax=1)
+            weights = scaled(seen[f"gate {level + 1}"][0])
+            show(weights, middle - tile[0] / 2, half - tile[1] / 2, "gate", vmin=0, vmax=1)
             arrow((left + wide + 4, half), (middle - tile[0] / 2 - 4, half), "skip")
             arrow((middle + tile[0] / 2 + 4, half), (right - 4, half))
         else:
