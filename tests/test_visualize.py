@@ -421,6 +421,20 @@ def test_layers_are_laid_out_as_the_u(attention):
     assert net.training and not any(module._forward_hooks for module in net.modules())
 
 
+def test_features_are_what_the_levels_put_out():
+    torch.manual_seed(0)
+    net, image = UNet(width=4, depth=2, norm="none", attention=True), noise(16, 24) / 20
+    seen, x = visualize.features(net, image), torch.from_numpy(image)[None, None]
+    with torch.no_grad():
+        first = net.down[0](x)
+        last = torch.sigmoid(net.head(torch.from_numpy(seen["up 1"])[None]))
+    np.testing.assert_allclose(seen["down 1"], first[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(seen["probability"], last[0].numpy(), atol=1e-5)
+    assert {name: maps.shape for name, maps in seen.items() if name.startswith("gate")} == {
+        "gate 1": (1, 16, 24), "gate 2": (1, 8, 12)}
+    assert all(0 < seen[name].min() <= seen[name].max() < 1 for name in ("gate 1", "gate 2"))
+
+
 def test_layers_of_a_3d_network_are_refused():
     with pytest.raises(ValueError, match="2D"):
         visualize.layers(UNet(width=2, depth=1, dims=3), noise(8, 8))
@@ -593,6 +607,10 @@ from matplotlib.figure import Figure
 for n in range(50):
     visualize.rgb(visualize.compare(np.ones((1, 8, 8)), np.ones((1, 8, 8)), np.ones((1, 8, 8))))
     visualize.rgb(visualize.curves([{"epoch": 0.0, "lr": 1.0}]))
+cube = np.pad(np.ones((6, 6, 6), bool), 2)
+for figure in (visualize.surface([cube, cube], (1, 1, 1)), visualize.planes(1 * cube, [cube], (1, 1, 1))):
+    visualize.rgb(figure)
+del figure
 assert not {"matplotlib.pyplot", "torch", "nibabel", "data"} & set(sys.modules), "imported"
 gc.collect()
 alive = sum(isinstance(thing, Figure) for thing in gc.get_objects())
@@ -614,3 +632,9 @@ def test_alone_in_a_folder_it_says_what_is_missing(command, out, missing, files,
     done = subprocess.run(command, cwd=alone, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and missing in done.stderr
     assert not (alone / out).exists()
+
+
+def test_pictures_in_docs_are_small_and_made_by_make_docs():
+    made = (ROOT / "Makefile").read_text().split("\ndocs:")[1].split("\n\n")[0]
+    pictures = sorted((ROOT / "docs").iterdir())
+    assert pictures and all(f"docs/{path.name}\n" in made + "\n" and path.stat().st_size < 2e6 for path in pictures)
