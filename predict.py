@@ -232,7 +232,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
               "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
 
     rows: list[dict] = []
-    for pair in tqdm(pairs, desc="predicting", unit="scan", disable=None):
+    for pair in tqdm(pairs, desc="predicting", unit=" scans", disable=None):
         target = out / (f"{pair.name}.nii" if pair.image.suffix == ".nii" else f"{pair.name}.nii.gz")
         if target.resolve() == pair.image.resolve():
             raise DataError(f"{pair.image}: the mask would overwrite the scan; choose another --out")

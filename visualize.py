@@ -114,7 +114,7 @@ def footer(width: int, count: int, caption: str = "", zoom: float = 0) -> np.nda
         words = [caption, f"{bar} mm"] if caption else [f"{bar} mm"]
         lines.append(strip(width, words))
         left = round((len(words) - 0.5) * width / len(words) - bar * zoom / 2)
-        lines[0][-2:, left : left + round(bar * zoom)] = 255
+        lines[0][-3:-1, left : left + round(bar * zoom)] = 255
     if count > 1:
         colours = legend(count)
         lines.append(centred(strip(min(width, 100 * count), list(colours), colours.values()), width))

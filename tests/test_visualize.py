@@ -284,7 +284,7 @@ def test_proportions_follow_the_spacing(spacing, shape):
 def test_the_scale_bar_measures_its_label():
     """50 mm wide at 6 pixels a mm: a third of the width allows 10 mm, hence 60 white pixels."""
     frame = visualize.movie(noise(1, 50, 100), [], (1, 0.5, 0.5), size=300)[0]
-    assert (frame[-1] == 255).all(axis=-1).sum() == 60
+    assert (frame[-2] == 255).all(axis=-1).sum() == 60
 
 
 def test_a_mask_of_another_shape_is_refused():
