@@ -350,7 +350,7 @@ def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
         "voxels": base64.b64encode(gzip.compress(greys.tobytes() + labels.tobytes(), 9)).decode(),
     }
     try:
-        page = Path(__file__).with_name("player.html").read_text()
+        page = Path(__file__).with_name("player.html").read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename}: no such file; the .html movie needs it beside visualize.py") from None
     return page.replace("/* visualize.py writes the scan here */ null", json.dumps(content))
