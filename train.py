@@ -11,8 +11,8 @@ with the same weights to the last bit.
     torchrun --nproc-per-node 4 train.py --data Task02_Heart    # four GPUs of one machine
     python train.py --data Task02_Heart --engine lightning      # the same run by lightning.Trainer; both: compare
     # the recipe that this project started from:
-    python train.py --data Task02_Heart --width 64 --norm none --loss dice --lr 1e-4 --schedule constant \\
-        --weight-decay 0 --clip 0 --augment seed --normalise minmax --crop 32
+    python train.py --data Task02_Heart --width 64 --depth 3 --norm none --loss dice --lr 1e-4 \\
+        --schedule constant --weight-decay 0 --clip 0 --augment seed --normalise minmax --crop 32
 """
 
 from __future__ import annotations
