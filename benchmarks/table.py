@@ -19,8 +19,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("unet", "losses", "metrics", "data", "train", "predict", "visualize", "phantom")
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def markdown(head: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
+    """A table whose first columns are text, to the left, and whose others are numbers, to the right."""
+    lines = [head, ["---"] * text_columns + ["---:"] * (len(head) - text_columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -65,7 +66,7 @@ def files() -> str:
         source = (ROOT / f"{name}.py").read_text()
         purpose = ast.get_docstring(ast.parse(source)).splitlines()[0].rstrip(".")
         rows.append([f"[`{name}.py`]({name}.py)", purpose, str(code_lines(source))])
-    return markdown(["file", "what it is", "lines of code"], rows)
+    return markdown(["file", "what it is", "lines of code"], rows, text_columns=2)
 
 
 def blocks() -> dict[str, str]:
@@ -77,6 +78,7 @@ if __name__ == "__main__":
     text = readme.read_text()
     for name, table in blocks().items():
         print(table, end="\n\n")
-        text = re.sub(f"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", lambda _, t=table: t + "\n", text, flags=re.S)
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        text = re.sub(f"{start}.*?{end}", lambda _, whole=f"{start}{table}\n{end}": whole, text, flags=re.S)
     if "--write" in sys.argv:
         readme.write_text(text)
