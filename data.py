@@ -362,6 +362,13 @@ def slice_axis(spacing: Sequence[float]) -> int:
     return max(range(3), key=lambda axis: (spacing[axis], axis))
 
 
+def cached(name: str, paths: dict[str, Path], entry: dict) -> CachedScan:
+    """The cached scan that an entry of the index describes."""
+    truth = paths["mask" if entry["truth"] == entry["mask"] else "truth"]
+    slices, foreground = tuple(range(entry["mask"][0])), tuple(entry["foreground"])
+    return CachedScan(name, paths["image"], paths["mask"], truth, tuple(entry["spacing"]), slices, foreground)
+
+
 def cache_scan(pair: Pair, recipe: dict, folder: Path) -> CachedScan:
     """Read, preprocess and store one scan and its mask, unless they lie in the cache already.
 
@@ -374,11 +381,9 @@ def cache_scan(pair: Pair, recipe: dict, folder: Path) -> CachedScan:
     index = stem.with_name(f"{stem.name}.json")
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
         entry = json.loads(index.read_text())
-        if entry["truth"] == entry["mask"]:
-            paths["truth"] = paths["mask"]
-        if all(list(np.load(path, mmap_mode="r").shape) == entry[kind] for kind, path in paths.items()):
-            slices, foreground = tuple(range(entry["mask"][0])), tuple(entry["foreground"])
-            return CachedScan(pair.name, **paths, spacing=tuple(entry["spacing"]), slices=slices, foreground=foreground)
+        found = cached(pair.name, paths, entry)
+        if all(list(np.load(getattr(found, kind), mmap_mode="r").shape) == entry[kind] for kind in paths):
+            return found
 
     scan = read_scan(pair.image, recipe["axis"])
     truth = read_mask(pair.label, scan, recipe["axis"], recipe["label"])
@@ -386,15 +391,14 @@ def cache_scan(pair: Pair, recipe: dict, folder: Path) -> CachedScan:
         image, mask = (preprocess(array, scan.spacing, recipe) for array in (scan.array, truth))
     except DataError as error:
         raise DataError(f"{pair.image}: {error}") from None
-    if mask.shape == truth.shape:
-        paths["truth"] = paths["mask"]
     arrays = {"image": image, "mask": mask, "truth": truth}
-    for kind in ("image", "truth", "mask"):  # The mask last: where truth and mask are one file, both are equal.
-        write_atomically(paths[kind], partial(np.save, arr=arrays[kind]))
     entry = {kind: array.shape for kind, array in arrays.items()}
     entry |= {"spacing": scan.spacing, "foreground": mask.sum((1, 2), dtype=int).tolist()}
+    made = cached(pair.name, paths, entry)
+    for kind, array in arrays.items():  # Where mask and truth are one file, they are equal.
+        write_atomically(getattr(made, kind), partial(np.save, arr=array))
     write_atomically(index, lambda file: file.write(json.dumps(entry).encode()))
-    return cache_scan(pair, recipe, folder)
+    return made
 
 
 def cache_scans(pairs: Sequence[Pair], recipe: dict, folder: str | Path) -> list[CachedScan]:
