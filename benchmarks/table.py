@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import math
 import re
 import sys
 import tokenize
@@ -25,6 +26,11 @@ def markdown(head: list[str], rows: list[list[str]], text_columns: int = 1) -> s
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def distance(mean: float, std: float) -> str:
+    """Infinite where a mask was empty: there is no distance to average."""
+    return f"{mean:.2f} ± {std:.2f}" if math.isfinite(mean) else "∞"
+
+
 def results() -> str:
     rows = []
     for path in sorted(RESULTS.glob("*.json")):
@@ -32,8 +38,8 @@ def results() -> str:
         mean, std = record["mean"], record["std"]
         rows.append([
             f"[`{path.stem}`](benchmarks/results/{path.name})", f"{mean['dice']:.4f} ± {std['dice']:.4f}",
-            f"{record['worst_dice']:.4f}", f"{mean['jaccard']:.4f}", f"{mean['hd95']:.2f} ± {std['hd95']:.2f}",
-            f"{mean['assd']:.2f} ± {std['assd']:.2f}", f"{len(record['log'])}", f"{record['minutes']:.0f}",
+            f"{record['worst_dice']:.4f}", f"{mean['jaccard']:.4f}", distance(mean["hd95"], std["hd95"]),
+            distance(mean["assd"], std["assd"]), f"{len(record['log'])}", f"{record['minutes']:.0f}",
         ])
     return markdown(["run", "Dice", "worst", "Jaccard", "HD95 mm", "ASSD mm", "epochs", "minutes"], rows)
 
