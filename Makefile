@@ -9,7 +9,7 @@ TRUTH := cache/phantom/labelsTr/la_000.nii.gz
 .PHONY: demo docs test clean
 
 demo: .venv/installed
-	$(BIN)/python train.py --data phantom --width 8 --epochs 14 --out $(RUN) --resume
+	$(BIN)/python train.py --data phantom --width 8 --out $(RUN) --resume
 	$(BIN)/python predict.py cache/phantom --checkpoint $(RUN)/last.pt --out $(RUN)/masks --labels cache/phantom/labelsTr --held-out
 	$(BIN)/python visualize.py overlay $(SCAN) $(RUN)/masks/la_000.nii.gz $(TRUTH) --out $(RUN)/overlay.png
 	$(BIN)/python visualize.py movie $(SCAN) $(RUN)/masks/la_000.nii.gz $(TRUTH) --out $(RUN)/movie.gif
