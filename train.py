@@ -5,7 +5,7 @@ epoch of the highest validation Dice), log.csv, split.json, args.json, pictures;
 Validation is per scan, in the scan's own space. On a CPU a run is exact: killed and resumed, or left alone, it ends
 with the same weights to the last bit.
 
-    python train.py --data phantom --width 8                    # synthetic scans: minutes on a CPU
+    python train.py --data phantom --width 8                     # synthetic scans: minutes on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
     torchrun --nproc-per-node 4 train.py --data Task02_Heart    # four GPUs of one machine
