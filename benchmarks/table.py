@@ -76,7 +76,8 @@ def files() -> str:
 
 
 def blocks() -> dict[str, str]:
-    return {"results": results(), "timings": timings(), "files": files()}
+    measured = {"timings": timings()} if (RESULTS / "engines").exists() else {}
+    return {"results": results(), **measured, "files": files()}
 
 
 if __name__ == "__main__":
