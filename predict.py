@@ -64,8 +64,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next step, instead of returning it to the kernel each time.
 
-    Activations of 10s of MB are otherwise mapped, zeroed page by page and unmapped in every step: a third of the time
-    of a CPU step. Does nothing on other systems, and nothing for a GPU, where PyTorch does the same by itself.
+    Activations of 10s of MB are otherwise mapped, zeroed page by page and unmapped in every step.
+    Does nothing on other systems, and nothing for a GPU, where PyTorch does the same by itself.
     """
     if sys.platform == "linux":
         import ctypes
@@ -124,7 +124,7 @@ def predict_volume(
     """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), `batch_size` slices at a time.
 
     Slices smaller than `size`, the (H, W) of training, are padded to it as they were there, and cropped back: a network
-    with batch norm is used to the padding, and without it loses about a point of Dice. Larger ones stay whole.
+    with batch norm is used to the padding, and loses Dice without it. Larger ones stay whole.
     With `flip`, the mean over the slice and its three mirror images (left-right, front-back, both).
     """
     device, shape = next(net.parameters()).device, volume.shape[1:]
