@@ -231,10 +231,11 @@ def gather(rows: list[dict]) -> list[dict]:
 
 def log_row(
     args: argparse.Namespace, run: Run, epoch: int, losses: torch.Tensor, norms: torch.Tensor, rows: Sequence[dict],
-    lr: float, seconds: float, waited: float,
+    lr: float, begun: float, seconds: float, waited: float,
 ) -> dict[str, float]:
     """An epoch as a row of log.csv: losses of its batches, gradient norms of its steps, validation rows, timing in s.
 
+    It began at `begun` and trained for `seconds`; what has passed since then is validation.
     A step with a non-finite gradient was not taken; it is counted, and left out of the means. Each scan counts the same
     in the Dice. The foreground is the share of the voxels that is organ, and that was called organ.
     """
@@ -256,6 +257,7 @@ def log_row(
         "foreground_prediction": sum(row["prediction"] for row in rows) / voxels,
         "lr": lr,
         "seconds": seconds,
+        "validation_seconds": time.perf_counter() - begun - seconds,
         "slices_per_second": run.batches * args.batch_size / seconds,
         "waiting": waited / seconds,
         "peak_memory_gb": memory / 1e9,
@@ -528,7 +530,7 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
 
         # -- log ------------------------------------------------------------------------ log_dict
         lr = optimizer.param_groups[0]["lr"]
-        log.append(log_row(args, run, epoch, losses, norms, rows, lr, seconds, waited))
+        log.append(log_row(args, run, epoch, losses, norms, rows, lr, begun, seconds, waited))
         history += losses.tolist()
         if run.rank > 0:
             continue
@@ -601,7 +603,8 @@ def fit_lightning(args: argparse.Namespace, run: Run) -> tuple[list[float], list
         def on_train_epoch_end(self):
             losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
             seconds, self.rows = getattr(self, "seconds", time.perf_counter() - self.begun), gather(self.rows)
-            row = log_row(args, run, self.current_epoch, losses, norms, self.rows, self.lr, seconds, math.nan)
+            row = log_row(args, run, self.current_epoch, losses, norms, self.rows, self.lr, self.begun, seconds,
+                          math.nan)
             self.log_rows.append(row)
             self.history += losses.tolist()
             self.log("dice", row["dice_mean"] if self.rows else self.current_epoch)  # what ModelCheckpoint monitors
