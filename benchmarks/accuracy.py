@@ -6,7 +6,7 @@
     python benchmarks/accuracy.py --data DIR --budget cpu --only seed norm   # some rows
 
 Rows that have a JSON under benchmarks/results/ladder/ are done and are passed over; a row that was stopped goes on
-where it was. Every row trains on the same scans of fold 0 for the same number of epochs, and is scored from the masks
+where it was. Every row trains on the same scans of fold 0, and is scored from the masks
 on disk, after its last epoch. `python benchmarks/table.py --write` puts the rows into the README.
 """
 
@@ -33,12 +33,13 @@ ROWS = {
     "zscore": ("default", "z-score instead of percentile", {"normalise": "zscore"}, []),
     "attention": ("default", "attention gates", {"attention": ""}, []),
     "neighbours": ("default", "the slices above and below as channels (2.5D)", {"neighbours": "1"}, []),
+    "volume": ("default", "3D: patches instead of slices", {"dims": "3"}, []),
     "flip": ("default", "mean over mirror images", {}, ["--flip"]),
     "component": ("default", "largest component only", {}, ["--largest-component"]),
 }
-BUDGETS = {
-    "cpu": {"width": "8", "epochs": "3"},
-    "gpu": {"width": "64", "epochs": "30"},
+BUDGETS = {  # for slices, and for patches, where an epoch is shorter
+    "cpu": ({"width": "8", "epochs": "3"}, {"width": "16", "epochs": "20", "spacing": "1.25"}),
+    "gpu": ({"width": "32", "epochs": "30"}, {"width": "32", "epochs": "50"}),
 }
 
 
@@ -66,7 +67,8 @@ def main() -> None:
             continue
         # A row that only predicts otherwise takes the run of the row that it changes.
         trained = name if own else ROWS[name][0]
-        flags = BUDGETS[args.budget] | arguments(name)
+        flags = arguments(name)
+        flags |= BUDGETS[args.budget]["dims" in flags]
         command = ["--data", args.data, *shlex.split(" ".join(f"--{flag} {value}" for flag, value in flags.items()))]
         command += ["--limit-batches", args.limit_batches] if args.limit_batches else []
         print(f"\n{row}: {change}", flush=True)
