@@ -7,7 +7,8 @@ Contract: a scan is (D, H, W), slices first, in any unit, and upright: in an axi
 posterior, columns to the left. Spacing is (D, H, W) in mm, and every picture keeps its proportions. A mask has the
 scan's shape; non-zero is foreground. Of two masks the first is a prediction, the second the truth, and their errors are
 shown. Arrays go in; a matplotlib `Figure` comes out, or frames, uint8 RGB (H, W, 3). Nothing touches pyplot's global
-state: no display is needed, and no figure stays open in a long run.
+state: no display is needed, and no figure stays open in a long run. The functions stand alone; the commands below read
+scans as the training does, with data.py (layers with predict.py, too, and the player is player.html) beside this file.
 
     python visualize.py overlay scan.nii.gz prediction.nii.gz truth.nii.gz --out overlay.png    # eight slices
     python visualize.py montage scan.nii.gz prediction.nii.gz truth.nii.gz --out montage.png    # all of them
@@ -499,51 +500,16 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, seconds_per_frame: 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def read(path: str | Path, axis: int = 2) -> tuple[np.ndarray, list[float], np.ndarray]:
-    """An upright volume (D, H, W), its spacing, and the affine of its NIfTI file. Raises ValueError for other files."""
-    import nibabel as nib  # Here, so that the functions above work without it.
-    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-
-    try:
-        nifti = nib.squeeze_image(nib.load(path))
-        if nifti.ndim != 3 or nifti.get_data_dtype().kind not in "iuf":
-            raise ValueError(f"is {nifti.get_data_dtype()} {nifti.shape}")
-        # As data.py does: sagittal, coronal or axial slices, each with the patient's head or face up.
-        nifti = nifti.as_reoriented(
-            ornt_transform(io_orientation(nifti.affine), axcodes2ornt(("LIP", "PIL", "SPL")[axis]))
-        )
-        array = np.asanyarray(nifti.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        wanted = "a NIfTI file of one volume on three axes, whose affine places it: check the path, or export it again"
-        raise ValueError(f"{path}: {error}; expected {wanted}") from None
-    return array, nib.affines.voxel_sizes(nifti.affine).tolist(), nifti.affine
-
-
-def read_all(scan: str, masks: Sequence[str], axis: int) -> tuple[np.ndarray, list[np.ndarray], list[float]]:
-    """A scan, its masks and their spacing. Raises ValueError for a mask on another grid: it would lie wrong."""
-    volume, spacing, affine = read(scan, axis)
-    found = []
-    for path in masks:
-        mask, _, other = read(path, axis)
-        if mask.shape != volume.shape:
-            raise ValueError(f"{path}: (D, H, W) is {mask.shape}; expected {volume.shape}, as {scan}; give its mask")
-        if not np.allclose(other, affine, rtol=0, atol=1e-3):
-            off = np.abs(other - affine).max()
-            raise ValueError(f"{path}: the affine is {off:.3g} mm off that of {scan}; resample it")
-        found.append(mask != 0)
-    return volume, found, spacing
-
-
 def fullest_slice(checkpoint: str, path: str) -> tuple:
     """The network of a checkpoint, and the slice of a scan in which it sees most, preprocessed: (C, H, W)."""
-    import data  # Siblings only here: one must see what predict.py sees.
-    from predict import load_checkpoint, load_network, predict_volume
+    import data
+    import predict
 
-    saved = load_checkpoint(checkpoint)
-    net, recipe = load_network(saved), saved["preprocess"]
+    saved = predict.load_checkpoint(checkpoint)
+    net, recipe = predict.load_network(saved), saved["preprocess"]
     scan = data.read_scan(path, recipe["axis"])
     volume = data.preprocess(scan.array, scan.spacing, recipe)
-    most = predict_volume(net, volume, size=recipe["size"]).sum(axis=(1, 2)).argmax()
+    most = predict.predict_volume(net, volume, size=recipe["size"]).sum(axis=(1, 2)).argmax()
     image = data.with_neighbours(volume, [most], net.in_channels // 2)[0]
     return net, data.fit(image, np.maximum(volume.shape[1:], recipe["size"][-2:]))
 
@@ -590,8 +556,12 @@ def draw(args: argparse.Namespace) -> None:
         return save(curves(*map(read_log, args.runs), names=args.runs), args.out)
     if args.command == "layers":
         return save(layers(*fullest_slice(args.checkpoint, args.scan)), args.out)
-    axial = ending == ".html" or "axis" not in args  # these cut the other planes out of the axial volume
-    scan, masks, spacing = read_all(args.scan, args.masks, 2 if axial else args.axis)
+    import data  # The command line reads files as the training does; the functions above need no other file.
+
+    axis = 2 if ending == ".html" else getattr(args, "axis", 2)  # The player cuts all planes out of the axial volume.
+    found = data.read_scan(args.scan, axis)
+    scan, spacing = found.array, found.spacing
+    masks = [data.read_mask(path, found, axis) > 0 for path in args.masks]
     if not masks and args.command in ("surface", "augment"):
         raise ValueError(f"{args.command} draws a mask; give one after the scan")
     if ending == ".html":
@@ -602,12 +572,10 @@ def draw(args: argparse.Namespace) -> None:
     elif args.command == "surface":
         save(surface(masks, spacing), args.out)
     elif args.command == "augment":
-        from data import augmenter  # the very augmentations of the training
-
-        largest = np.sum(masks, axis=(0, 2, 3)).argmax()
+        largest = masks[0].sum(axis=(1, 2)).argmax()
         scan = scan.clip(*np.percentile(scan, (0.5, 99.5)))
         image = np.float32((scan[largest] - scan.mean()) / scan.std())  # mean 0 and deviation 1, as in the training
-        save(augmented(image, np.uint8(masks[0][largest]), augmenter(args.kind), spacing[1:]), args.out)
+        save(augmented(image, np.uint8(masks[0][largest]), data.augmenter(args.kind), spacing[1:]), args.out)
     else:
         picture = {"overlay": overlay, "montage": montage, "planes": planes}[args.command]
         save(picture(scan, masks, spacing), args.out)
