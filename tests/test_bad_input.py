@@ -219,7 +219,7 @@ REFUSED = [
     ("no epochs", sound, "train --epochs 0", "--epochs 0: expected at least 1"),
     ("no batch", sound, "train --batch-size 0", "--batch-size 0: expected at least 1"),
     ("no batch to predict", sound, "predict --batch-size 0", "--batch-size 0: expected at least 1"),
-    ("a --size of one number", sound, "train --size 7", "--size; 2 arguments"),
+    ("a --size of one number", sound, "train --size 7", "--size 7: expected 2 numbers"),
     ("a --size below the network's", sound, "train --size 7 7 --depth 3", "--size 7 7; 8"),
     ("a --size of nothing", sound, "train --size 0 16", "--size 0 16"),
     ("a --crop of everything", sound, "train --crop 6", "a.nii.gz; 12 x 16; --crop 6"),
