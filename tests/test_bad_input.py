@@ -191,7 +191,7 @@ REFUSED = [
     ("a series in 4D", scan(write(np.stack([SCAN, SCAN], -1))), ALL, "a.nii.gz; (16, 12, 6, 2); one volume"),
     ("complex voxels", scan(write(SCAN.astype(np.complex64))), ALL, "a.nii.gz; complex64"),
     ("RGB voxels", scan(write(np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")]))), ALL, "a.nii.gz"),
-    ("singular affine", header(srow_x=0, srow_y=0), ALL, "a.nii.gz; affine is singular; set; sform"),
+    ("singular affine", header(srow_x=0, srow_y=0), ALL, "a.nii.gz; affine is singular; set the sform"),
     ("affine of NaN", header(srow_x=np.nan), ALL, "a.nii.gz; affine; set; sform"),
     ("spacing of 1000 mm", scan(write(SCAN, np.diag([1e3, 1e3, 1, 1]))), "predict", "a.nii.gz; 1000; --max-gb"),
     # -- voxels
