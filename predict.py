@@ -16,7 +16,6 @@ import csv
 import itertools
 import math
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -106,7 +105,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; train.py writes last.pt and best.pt into its run folder") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
     missing = {"model", "network", "preprocess", "version"} - set(checkpoint if isinstance(checkpoint, dict) else ())
@@ -126,7 +125,7 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str
         with torch.device("meta"):  # shapes without memory: a foreign file may claim a network of any size
             net = UNet(**checkpoint["network"])
         net.load_state_dict(checkpoint["model"], assign=True)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: its weights do not fit its network ({reason}); train it anew") from None
     return net.to(device, torch.float32, memory_format=net.memory_format).eval()
