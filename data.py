@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import json
 import math
@@ -173,11 +174,23 @@ def check_memory(shape: Sequence[int], what: str) -> None:
                         f"{MAX_GB:.3g}; correct the header, or raise --max-gb if it is right")
 
 
+def check_offset(path: str | Path) -> None:
+    """Refuse a header whose voxels begin past 16 MB: nibabel would unpack all that lies before them into memory."""
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        head = file.read(540)
+    for kind, length in ((nib.Nifti1Header, 348), (nib.Nifti2Header, 540)):
+        if kind.may_contain_header(head):
+            offset = float(kind(head[:length], check=False)["vox_offset"])
+            if not offset <= 2**24:
+                raise ValueError(f"its voxels begin at byte {offset:g}")
+
+
 def open_nifti(path: str | Path) -> nib.Nifti1Image:
     """Header of a NIfTI file that holds one real volume; the voxels stay on disk."""
     if not Path(path).is_file():  # a folder, a pipe that nobody fills, a link to nothing
         raise DataError(f"{path}: no such file; if it is a link, fetch what it leads to (`datalad get`), or remove it")
     try:
+        check_offset(path)
         image = nib.load(path)
     except Exception as error:  # a damaged header makes nibabel raise anything, from its own errors to OverflowError
         raise DataError(f"{path}: not a readable NIfTI file ({first_line(error)}); export it again") from None
