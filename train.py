@@ -8,6 +8,7 @@ with the same weights to the last bit.
     python train.py --data phantom --width 8                     # synthetic scans: minutes on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
+    python train.py --data Task02_Heart --dims 3                # patches of volumes instead of slices
     torchrun --nproc-per-node 4 train.py --data Task02_Heart    # four GPUs of one machine
     python train.py --data Task02_Heart --engine lightning      # the same run by lightning.Trainer; both: compare
     # the recipe that this project started from:
