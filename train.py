@@ -58,7 +58,8 @@ except ImportError:  # Windows
     resource = None
 
 LOWEST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "width": 1, "depth": 0, "crop": 0, "clip": 0, "workers": 0,
-          "neighbours": 0, "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1}  # of the numeric arguments
+          "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1, "lr": 0, "weight_decay": 0, "seed": 0,
+          "max_gb": 0, "neighbours": 0}  # of the numeric arguments
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -71,6 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DIR", help="imagesTr/ + labelsTr/, images/ + labels/, or the word phantom")
     add("--cache", default="cache", metavar="DIR", help="where preprocessed scans are kept")
+    add("--max-gb", type=float, default=data.MAX_GB, metavar="GB", help="memory for one scan, half of the machine's")
     add("--label", type=int, nargs="+", metavar="N", help="label values that are foreground; None: all but 0")
     add("--axis", type=int, choices=(0, 1, 2), help="slice axis, 2: axial; None: that of the coarsest spacing")
     add("--folds", type=int, default=5, metavar="N", help="parts to split the scans into")
@@ -115,10 +117,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--limit-batches", type=int, metavar="N", help="at most N batches and N validation scans an epoch: a dry run")
     add("--overfit", type=int, metavar="N", help="train and validate on the same N slices: can it learn at all?")
 
+    parser.print_usage = lambda _: None  # an error is one line
     args = parser.parse_args(argv)
     for flag, lowest in LOWEST.items():
         value = getattr(args, flag)
-        if value is not None and value < lowest:
+        if value is not None and not value >= lowest:
             parser.error(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
     if args.fold != "all" and not args.fold.isdecimal():
         parser.error(f"--fold {args.fold}: expected a number from 0, or all")
@@ -126,6 +129,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--resume: say which run, with --out")
     if args.size and len(args.size) != args.dims:
         parser.error(f"--size {' '.join(map(str, args.size))}: expected {args.dims} numbers with --dims {args.dims}")
+    if args.size and min(args.size[-2:]) < 2**args.depth:  # of a patch, H and W
+        parser.error(f"--size {' '.join(map(str, args.size))}: smaller than one pixel of the lowest level; expected at "
+                     f"least {2**args.depth}, or a lower --depth")
     if args.neighbours and args.dims == 3:
         parser.error(f"--neighbours {args.neighbours}: a patch holds its neighbours; leave it out with --dims 3")
     args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
@@ -338,7 +344,8 @@ def closing(result: dict, args: argparse.Namespace) -> str:
 
 
 # Arguments that a resumed run may change: they say where and how it runs, not what comes out.
-FREE = {"out", "resume", "logs", "cache", "data", "device", "devices", "num_nodes", "workers", "compile", "epochs"}
+FREE = {"out", "resume", "logs", "cache", "data", "device", "devices", "num_nodes", "workers", "compile", "epochs",
+        "max_gb"}
 
 
 def find_checkpoint(args: argparse.Namespace, device: torch.device) -> dict | None:
@@ -728,13 +735,14 @@ def compare_engines(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    data.MAX_GB = args.max_gb
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         if args.engine == "both":
             compare_engines(args, sys.argv[1:] if argv is None else argv)
         else:
             train(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(error, file=sys.stderr)
         return 2
