@@ -23,6 +23,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -376,6 +377,14 @@ def write_atomically(path: Path, write: Callable) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, seconds: float = 3600) -> None:
+    """Remove temporary files that killed processes left; no write takes an hour, a younger one may be a run's at work."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # two runs may clean up at once
+            if time.time() - path.stat().st_mtime >= seconds:
+                path.unlink()
+
+
 def survey(pairs: Sequence[Pair], folder: str | Path | None = None) -> tuple[float, float, float]:
     """Median spacing in mm along the patient's axes, (left-right, posterior-anterior, inferior-superior).
 
@@ -439,6 +448,7 @@ def cache_scan(pair: Pair, recipe: dict, folder: Path) -> CachedScan:
 
 def cache_scans(pairs: Sequence[Pair], recipe: dict, folder: str | Path) -> list[CachedScan]:
     """`cache_scan` for a whole data set, on all cores: reading and unzipping release Python's lock."""
+    remove_leftovers(Path(folder))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(partial(cache_scan, recipe=recipe, folder=Path(folder)), pairs)
         return list(tqdm(jobs, total=len(pairs), desc="reading", unit="scan", leave=False, disable=None))
