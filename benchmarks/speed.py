@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
@@ -589,6 +590,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sizes, device = QUICK if args.quick else FULL, pick_device(args.device)
     path = args.results / (f"quick_{args.device}.json" if args.quick else f"speed_{args.device}.json")
+    version = commit()  # of the code that runs, whatever is edited meanwhile
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "monai", "imgaug", "opencv-python")}
+    versions["python"] = platform.python_version()
     record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     warnings.filterwarnings("ignore")
     keep_freed_memory()
@@ -597,13 +601,12 @@ def main(argv: list[str] | None = None) -> int:
         row = ROWS[number](sizes, device)
         shown = shlex.join(["--rows", str(number), "--device", args.device] + ["--quick"] * args.quick)
         record["rows"][str(number)] = {
-            "name": ROWS[number].__name__, "command": f"python benchmarks/speed.py {shown}", "commit": commit(),
+            "name": ROWS[number].__name__, "command": f"python benchmarks/speed.py {shown}", "commit": version,
             "date": datetime.date.today().isoformat(), "minutes": (time.perf_counter() - begun) / 60, **row,
         }
         record["rows"] = dict(sorted(record["rows"].items()))
         record |= {"hardware": hardware(), "threads": torch.get_num_threads(), "sizes": sizes,
-                   "versions": {"python": platform.python_version(), **{module.__name__: module.__version__ for module in
-                                                                        (torch, np)}}}
+                   "versions": versions}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
         if number == 8 and not args.quick:
