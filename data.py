@@ -4,7 +4,8 @@
 
 Contract: a scan is an array (D, H, W), slices first and upright for `imshow`: with axial slices the axes run to the
 patient's superior, posterior and left side (radiological view). Spacing is (D, H, W) in mm. A mask is uint8, 0 or 1.
-A sample is image float32 (1, H, W) of mean 0 and deviation 1 over its scan, and mask float32 (1, H, W).
+A sample is image float32 (1, H, W) of mean 0 and deviation 1 over its scan, and mask float32 (1, H, W): one slice; or
+both (1, D, H, W): a patch.
 
     python data.py DIR                      # check a data set: what is in it, and every problem with its file
     python data.py DIR --label 1 2          # the values of the label files that are foreground (default: all but 0)
@@ -431,9 +432,10 @@ def import_imgaug():
 
 
 def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
-    """A function `augment(image, mask, entropy) -> (image, mask)` on one slice: float32 (H, W) and uint8 (H, W).
+    """A function `augment(image, mask, entropy) -> (image, mask)` on float32 (..., H, W) and uint8 (..., H, W).
 
-    The same entropy gives the same result, in whatever process. Masks are warped with nearest neighbour.
+    The same entropy gives the same result, in whatever process. Masks are warped with nearest neighbour. All slices of
+    a patch (D, H, W) are warped and scaled alike; only the noise is each slice's own.
 
     Args:
         kind: "none"; "seed": rotation by -45 to 45 degrees, scale 0.85 to 1.15, elastic deformation; "full": that,
@@ -456,7 +458,7 @@ def pipeline(kind: str):
         steps += [
             iaa.Multiply((0.75, 1.25)),  # contrast: the mean of a scan is 0
             iaa.Add((-0.25, 0.25)),  # brightness
-            iaa.Sometimes(0.25, iaa.AdditiveGaussianNoise(scale=(0, 0.2))),
+            iaa.Sometimes(0.25, iaa.AdditiveGaussianNoise(scale=(0, 0.2), per_channel=True)),
             iaa.Sometimes(0.25, iaa.GaussianBlur(sigma=(0.0, 1.0))),
         ]
     return iaa.Sequential(steps)
@@ -468,23 +470,36 @@ def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tup
     # Seeding the augmenters themselves: `imgaug.seed()` sets a global generator that spawned workers do not share.
     augmenters = pipeline(kind)
     augmenters.seed_(entropy)
-    image, mask = augmenters(image=image, segmentation_maps=mask.astype(np.int32)[None, :, :, None])
-    return image, mask[0, :, :, 0].astype(np.uint8)
+    # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share a warp.
+    stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask.astype(np.int32)))
+    (stack,), (labels,) = augmenters(images=[stack], segmentation_maps=[labels])
+    stack, labels = (np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels, mask)))
+    return stack, labels.astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------- data set
 
 
 def fit(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Crop or pad the last two axes, about the centre, to `size` (H, W). Padding is 0, the mean of a z-scored scan."""
-    surplus = [max(n - want, 0) for n, want in zip(array.shape[-2:], size, strict=True)]
+    """Crop or pad the last axes, about the centre, to `size`, (H, W) or (D, H, W). Padding is 0, a z-scored mean."""
+    last = len(size)
+    surplus = [max(n - want, 0) for n, want in zip(array.shape[-last:], size, strict=True)]
     array = array[(..., *(slice(n // 2, n // 2 + want) for n, want in zip(surplus, size, strict=True)))]
-    missing = [want - n for n, want in zip(array.shape[-2:], size, strict=True)]
-    return np.pad(array, [(0, 0)] * (array.ndim - 2) + [(n // 2, n - n // 2) for n in missing])
+    missing = [want - n for n, want in zip(array.shape[-last:], size, strict=True)]
+    return np.pad(array, [(0, 0)] * (array.ndim - last) + [(n // 2, n - n // 2) for n in missing])
+
+
+def with_neighbours(volume: np.ndarray, slices: Sequence[int], count: int) -> np.ndarray:
+    """Slices of a volume (D, H, W) with `count` neighbours on either side as channels: float32 (B, 1 + 2 count, H, W).
+
+    Beyond the first and the last slice, these are repeated.
+    """
+    around = np.asarray(slices)[:, None] + np.arange(-count, count + 1)
+    return volume[around.clip(0, len(volume) - 1)].astype(np.float32)
 
 
 class SliceDataset(Dataset):
-    """Augmented slices of cached scans; `dataset[i]` is image float32 (1, H, W), mask float32 (1, H, W).
+    """Augmented slices of cached scans; `dataset[i]` is image float32 (C, H, W), mask float32 (1, H, W).
 
     A sample depends on (seed, epoch, index) and on nothing else: not the worker, not their number, not how they were
     started. It holds no open file, so it can be pickled and its memory does not grow with the data.
@@ -494,10 +509,14 @@ class SliceDataset(Dataset):
         size: (H, W) of every sample.
         augment: see `augmenter`.
         seed: of the augmentation.
+        neighbours: slices on either side that are seen beside each one, as channels: C = 1 + 2 neighbours ("2.5D").
     """
 
-    def __init__(self, scans: Sequence[CachedScan], size: Sequence[int], *, augment: str = "none", seed: int = 0):
-        self.scans, self.size, self.seed = list(scans), tuple(size), seed
+    def __init__(
+        self, scans: Sequence[CachedScan], size: Sequence[int], *, augment: str = "none", seed: int = 0,
+        neighbours: int = 0,
+    ):
+        self.scans, self.size, self.seed, self.neighbours = list(scans), tuple(size), seed, neighbours
         self.table = [(i, d) for i, scan in enumerate(self.scans) for d in scan.slices]
         self.augment = augmenter(augment)
         # In shared memory, so that workers that live through all epochs (persistent_workers) see it change.
@@ -511,12 +530,47 @@ class SliceDataset(Dataset):
         return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = np.random.default_rng([self.seed, int(self.epoch[0]), index])
+        image, mask = (fit(array, self.size) for array in self.cut(index, rng))
+        image, mask = self.augment(image, mask, int(rng.integers(2**31)))
+        return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(mask.astype(np.float32))
+
+    def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Image float32 and mask uint8 of a sample as they are in the cache."""
         i, d = self.table[index]
-        image, mask = (np.load(path, mmap_mode="r")[d] for path in (self.scans[i].image, self.scans[i].mask))
-        image, mask = fit(image.astype(np.float32), self.size), fit(np.asarray(mask), self.size)
-        entropy = np.random.SeedSequence([self.seed, int(self.epoch[0]), index]).generate_state(1)[0] >> 1  # 31 bits
-        image, mask = self.augment(image, mask, int(entropy))
-        return torch.from_numpy(np.ascontiguousarray(image))[None], torch.from_numpy(mask.astype(np.float32))[None]
+        image, mask = (np.load(path, mmap_mode="r") for path in (self.scans[i].image, self.scans[i].mask))
+        return with_neighbours(image, [d], self.neighbours)[0], mask[[d]]
+
+
+class PatchDataset(SliceDataset):
+    """Augmented random patches of cached scans; `dataset[i]` is image and mask float32 (1, D, H, W).
+
+    An epoch draws as many patches from a scan as it takes to see about all of its voxels. Where a patch lies depends on
+    (seed, epoch, index), like its augmentation.
+
+    Args:
+        size: (D, H, W) of a patch; a smaller scan is padded.
+        foreground: share of the patches that are centred on a voxel of the organ.
+        others: see `SliceDataset`.
+    """
+
+    def __init__(self, scans: Sequence[CachedScan], size: Sequence[int], *, foreground: float = 1 / 3, **others):
+        super().__init__(scans, size, **others)
+        self.foreground = foreground
+        voxels = [np.load(scan.image, mmap_mode="r").size for scan in self.scans]
+        self.table = [i for i, count in enumerate(voxels) for _ in range(-(-count // int(np.prod(size))))]
+
+    def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        scan = self.scans[self.table[index]]
+        image, mask = (np.load(path, mmap_mode="r") for path in (scan.image, scan.mask))
+        room = np.maximum(np.subtract(mask.shape, self.size), 0)  # the last place where a patch can begin
+        start = rng.integers(room + 1)
+        if rng.random() < self.foreground and any(scan.foreground):
+            d = rng.choice(len(mask), p=np.divide(scan.foreground, sum(scan.foreground)))
+            centre = d, *rng.choice(np.argwhere(mask[d]))
+            start = np.clip(centre - np.array(self.size) // 2, 0, room)
+        patch = (None, *map(slice, start, start + self.size))
+        return image[patch].astype(np.float32), mask[patch]
 
 
 # ---------------------------------------------------------------------------------------------------- data-set check

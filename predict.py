@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import math
 import os
 import pickle
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -27,7 +29,19 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import visualize
-from data import DataError, Pair, Scan, find_pairs, fit, nifti_files, preprocess, read_mask, read_scan, undo_preprocess
+from data import (
+    DataError,
+    Pair,
+    Scan,
+    find_pairs,
+    fit,
+    nifti_files,
+    preprocess,
+    read_mask,
+    read_scan,
+    undo_preprocess,
+    with_neighbours,
+)
 from metrics import score
 from unet import UNet
 
@@ -108,10 +122,20 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu") -> UNet:
         net.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"the checkpoint's weights do not fit its network ({str(error).splitlines()[0]})") from None
-    return net.to(device, memory_format=torch.channels_last).eval()
+    return net.to(device, memory_format=net.memory_format).eval()
 
 
 @torch.inference_mode()
+def probabilities(net: UNet, x: np.ndarray, precision: torch.dtype, flip: bool) -> np.ndarray:
+    """Float32 (B, *size) of float32 images (B, C, *size); with `flip`, the mean over them and their mirror images."""
+    device = next(net.parameters()).device
+    images = torch.from_numpy(np.ascontiguousarray(x)).to(device, memory_format=net.memory_format)
+    views = [(), (-2,), (-1,), (-2, -1)] if flip else [()]  # left-right, front-back, both
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        mean = sum(net.predict(images.flip(axes)).flip(axes) for axes in views) / len(views)
+    return mean[:, 0].cpu().numpy()
+
+
 def predict_volume(
     net: UNet,
     volume: np.ndarray,
@@ -121,24 +145,40 @@ def predict_volume(
     batch_size: int = 16,
     flip: bool = False,
 ) -> np.ndarray:
-    """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), `batch_size` slices at a time.
+    """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), on the host: the GPU holds one batch of it.
 
-    Slices smaller than `size`, the (H, W) of training, are padded to it as they were there, and cropped back: a network
-    with batch norm is used to the padding, and loses Dice without it. Larger ones stay whole.
-    With `flip`, the mean over the slice and its three mirror images (left-right, front-back, both).
+    In 2D `batch_size` slices go through the network at a time. Slices smaller than `size`, the (H, W) of training, are
+    padded to it as they were there, and cropped back: a network with batch norm is used to the padding, and loses Dice
+    without it. Larger ones stay whole. In 3D see `slide`; a volume smaller than the window is padded likewise.
+    With `flip`, the mean over the slices and their three mirror images.
     """
-    device, shape = next(net.parameters()).device, volume.shape[1:]
-    padded = np.maximum(shape, size)
-    probability = np.empty(volume.shape, np.float32)  # on the host: the GPU holds one batch, however long the scan
+    if net.dims == 3:
+        padded = fit(np.asarray(volume, np.float32), np.maximum(volume.shape, size))
+        return fit(slide(lambda x: probabilities(net, x, precision, flip), padded, size), volume.shape)
+    shape, probability = volume.shape[1:], np.empty(volume.shape, np.float32)
     for start in range(0, len(volume), batch_size):
-        x = fit(np.asarray(volume[start : start + batch_size], np.float32), padded)
-        x = torch.from_numpy(np.ascontiguousarray(x))[:, None]
-        x = x.to(device, memory_format=torch.channels_last)
-        views = [(), (2,), (3,), (2, 3)] if flip else [()]
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            mean = sum(net.predict(x.flip(axes)).flip(axes) for axes in views) / len(views)
-        probability[start : start + batch_size] = fit(mean[:, 0].cpu().numpy(), shape)
+        slices = range(start, min(start + batch_size, len(volume)))
+        x = fit(with_neighbours(volume, slices, net.in_channels // 2), np.maximum(shape, size))
+        probability[slices.start : slices.stop] = fit(probabilities(net, x, precision, flip), shape)
     return probability
+
+
+def slide(function: Callable, volume: np.ndarray, size: Sequence[int], overlap: float = 0.5) -> np.ndarray:
+    """Move a window over a volume (D, H, W), and average what `function`, (1, 1, *size) -> (1, *size), says of it.
+
+    Neighbouring windows share at least `overlap` of their length. Each counts with a Gaussian about its centre, of
+    deviation `size / 8`: a network knows least at the border of what it sees (Isensee et al., nnU-Net, 2021).
+    """
+    total, weight = np.zeros((2, *volume.shape), np.float32)
+    axes = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in size]
+    gaussian = np.einsum("d,h,w->dhw", *axes).astype(np.float32).clip(1e-6)  # no voxel of weight 0
+    steps = [math.ceil((n - w) / (w * (1 - overlap))) for n, w in zip(volume.shape, size, strict=True)]
+    starts = [np.linspace(0, n - w, k + 1).round() for n, w, k in zip(volume.shape, size, steps, strict=True)]
+    for start in itertools.product(*(places.astype(int) for places in starts)):
+        window = tuple(slice(place, place + w) for place, w in zip(start, size, strict=True))
+        total[window] += gaussian * function(volume[window][None, None])[0]
+        weight[window] += gaussian
+    return total / weight
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
@@ -263,7 +303,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write masks for scans, and score them if labels are given.")
     parser.add_argument("scans", nargs="+", metavar="SCAN_OR_FOLDER", help=".nii, .nii.gz, or a folder of them")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run")
@@ -279,7 +319,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         if args.batch_size < 1:

@@ -8,6 +8,7 @@ with the same weights to the last bit.
     python train.py --data phantom --width 8                     # synthetic scans: minutes on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
+    python train.py --data Task02_Heart --dims 3                # patches of volumes instead of slices
     torchrun --nproc-per-node 4 train.py --data Task02_Heart    # four GPUs of one machine
     python train.py --data Task02_Heart --engine lightning      # the same run by lightning.Trainer; both: compare
     # the recipe that this project started from:
@@ -57,7 +58,7 @@ except ImportError:  # Windows
     resource = None
 
 LOWEST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "width": 1, "depth": 0, "crop": 0, "clip": 0, "workers": 0,
-          "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1}  # of the numeric arguments
+          "neighbours": 0, "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1}  # of the numeric arguments
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -76,10 +77,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--fold", default="0", metavar="K", help="the part to validate on, from 0; `all`: train on every scan")
     add("--normalise", default="percentile", choices=("zscore", "percentile", "minmax"), help="of each scan")
     add("--crop", type=int, default=0, metavar="N", help="pixels to cut off each border of a slice")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="training slices, padded or cropped; None: the median")
+    add("--spacing", type=float, metavar="MM", help="resample pixels, in 3D voxels; None: the median, where far off")
+    add("--size", "--patch", type=int, nargs="+", metavar="N", help="H W of training slices, D H W of patches; None: "
+        "the median of the scans, in 3D at most 80 128 128")
+    add("--neighbours", type=int, default=0, metavar="N", help="slices on either side seen as channels, in 2D")
     add("--augment", default="full", choices=("none", "seed", "full"), help="see data.py")
 
     add = parser.add_argument_group("network").add_argument
+    add("--dims", type=int, default=2, choices=(2, 3), help="2: slices, 3: patches")
     add("--width", type=int, default=32, metavar="N", help="channels of the first level")
     add("--depth", type=int, default=4, metavar="N", help="poolings")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
@@ -88,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
     add("--epochs", type=int, default=30, metavar="N", help="passes over the training slices")
-    add("--batch-size", type=int, default=16, metavar="N", help="slices per batch, of all processes together")
+    add("--batch-size", type=int, metavar="N", help="of all processes together; None: 16 slices, or 2 patches")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step: N times the batch, not the memory")
     add("--lr", type=float, default=4e-3, help="highest learning rate of AdamW")
     add("--schedule", default="onecycle", choices=("onecycle", "constant"), help="learning rate over the steps")
@@ -119,6 +124,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--fold {args.fold}: expected a number from 0, or all")
     if args.resume and not args.out:
         parser.error("--resume: say which run, with --out")
+    if args.size and len(args.size) != args.dims:
+        parser.error(f"--size {' '.join(map(str, args.size))}: expected {args.dims} numbers with --dims {args.dims}")
+    if args.neighbours and args.dims == 3:
+        parser.error(f"--neighbours {args.neighbours}: a patch holds its neighbours; leave it out with --dims 3")
+    args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
     args.out = args.out or time.strftime("runs/%Y%m%d-%H%M%S")
     args.workers = min(4, max((os.cpu_count() or 1) - 1, 1)) if args.workers is None else args.workers
     return args
@@ -155,20 +165,22 @@ def load_data(args: argparse.Namespace) -> tuple[list, list, dict, dict]:
     spacing = data.survey(pairs, cache)
     axis = data.slice_axis(spacing) if args.axis is None else args.axis
     # The order of the upright axes for each slice axis (data.PLANES); the slice axis itself is not resampled in 2D.
-    target = [None, *((spacing[2], spacing[1]), (spacing[2], spacing[0]), (spacing[1], spacing[0]))[axis]]
+    target = [args.spacing or spacing[i] for i in ((0, 2, 1), (1, 2, 0), (2, 1, 0))[axis]]
+    target[0] = target[0] if args.dims == 3 else None
     recipe = {"axis": axis, "label": args.label, "spacing": target, "crop": args.crop, "normalise": args.normalise}
     scans = {scan.name: scan for scan in data.cache_scans(pairs, recipe, cache)}
     if not any(sum(scan.foreground) for scan in scans.values()):
         raise DataError(f"{root}: no label file holds foreground (--label {args.label}); there is nothing to learn")
     train, val = ([scans[name] for name in split[part]] for part in ("train", "val"))
-    if args.overfit:  # the slice with the most foreground of each of N scans
-        fullest = [replace(scan, slices=(int(np.argmax(scan.foreground)),)) for scan in train]
+    if args.overfit:  # of N scans; in 2D the slice with the most foreground of each
+        fullest = train if args.dims == 3 else [replace(s, slices=(int(np.argmax(s.foreground)),)) for s in train]
         train = val = sorted(fullest, key=lambda scan: -max(scan.foreground))[: args.overfit]
         train = train * max(1, 32 * args.batch_size // len(train))  # so that an epoch has about 32 steps
-    multiple = 2**args.depth
-    shapes = np.array([np.load(scan.image, mmap_mode="r").shape[1:] for scan in train])
+    multiple, largest = 2**args.depth, (math.inf, math.inf) if args.dims == 2 else (80, 128, 128)
+    shapes = np.array([np.load(scan.image, mmap_mode="r").shape[-args.dims :] for scan in train])
     # Larger slices are cropped, for training only: prediction takes them whole. The network pads up to a multiple.
-    size = args.size or (-(-np.median(shapes, axis=0).astype(int) // multiple) * multiple).tolist()
+    median = np.minimum(np.median(shapes, axis=0), largest).astype(int)
+    size = args.size or (-(-median // multiple) * multiple).tolist()
     return train, val, split, recipe | {"size": size}
 
 
@@ -184,8 +196,9 @@ def evaluate(
     """
     rows = []
     for scan in scans:
-        slices = list(scan.slices)
-        image, mask, truth = (np.load(path, mmap_mode="r")[slices] for path in (scan.image, scan.mask, scan.truth))
+        image, mask, truth = (np.load(path, mmap_mode="r") for path in (scan.image, scan.mask, scan.truth))
+        if len(scan.slices) < len(image):  # --overfit
+            image, mask, truth = (array[list(scan.slices)] for array in (image, mask, truth))
         probability = predict_volume(net, image, size=recipe["size"], precision=precision, batch_size=batch_size)
         prediction, truth = data.undo_preprocess(probability, truth.shape, recipe) > 0.5, truth.astype(bool)
         overlap, predicted, true = (int(np.count_nonzero(m)) for m in (prediction & truth, prediction, truth))
@@ -231,10 +244,11 @@ def gather(rows: list[dict]) -> list[dict]:
 
 def log_row(
     args: argparse.Namespace, run: Run, epoch: int, losses: torch.Tensor, norms: torch.Tensor, rows: Sequence[dict],
-    lr: float, seconds: float, waited: float,
+    lr: float, begun: float, seconds: float, waited: float,
 ) -> dict[str, float]:
     """An epoch as a row of log.csv: losses of its batches, gradient norms of its steps, validation rows, timing in s.
 
+    It began at `begun` and trained for `seconds`; what has passed since then is validation.
     A step with a non-finite gradient was not taken; it is counted, and left out of the means. Each scan counts the same
     in the Dice. The foreground is the share of the voxels that is organ, and that was called organ.
     """
@@ -256,7 +270,8 @@ def log_row(
         "foreground_prediction": sum(row["prediction"] for row in rows) / voxels,
         "lr": lr,
         "seconds": seconds,
-        "slices_per_second": run.batches * args.batch_size / seconds,
+        "validation_seconds": time.perf_counter() - begun - seconds,
+        "slices_per_second": run.batches * args.batch_size * math.prod(run.recipe["size"][:-2]) / seconds,
         "waiting": waited / seconds,
         "peak_memory_gb": memory / 1e9,
     }
@@ -288,7 +303,8 @@ def bar(args: argparse.Namespace, run: Run, epoch: int, log: Sequence[dict]) -> 
     """The batches of an epoch under a progress bar: slices per second, and the loss of the epoch before."""
     title = f"epoch {epoch + 1}/{args.epochs}" + (f", loss {log[-1]['train_loss']:.3f}" if log else "")
     hidden = True if run.rank > 0 else None  # None: quiet where there is no terminal
-    with tqdm(total=run.batches * args.batch_size, desc=title, unit=" slices", leave=False, disable=hidden) as shown:
+    unit = {2: " slices", 3: " patches"}[args.dims]
+    with tqdm(total=run.batches * args.batch_size, desc=title, unit=unit, leave=False, disable=hidden) as shown:
         for batch in islice(run.loader, run.batches):
             yield batch
             shown.update(args.batch_size)
@@ -407,7 +423,11 @@ def prepare(args: argparse.Namespace) -> Run:
         raise DataError(f"{args.data}: holds other scans than the run in {out} was started with; choose another --out")
     val_scans = val_scans[: args.limit_batches]
     size = recipe["size"]
-    train_set = data.SliceDataset(train_scans, size, augment="none" if args.overfit else args.augment, seed=args.seed)
+    options = {"augment": "none" if args.overfit else args.augment, "seed": args.seed}
+    if args.dims == 3:
+        train_set = data.PatchDataset(train_scans, size, **options)
+    else:
+        train_set = data.SliceDataset(train_scans, size, neighbours=args.neighbours, **options)
     # The order depends on (seed, epoch) alone; of each batch, every process takes its share.
     sampler = DistributedSampler(train_set, num_replicas=world, rank=rank, seed=args.seed)
     if args.batch_size % world:
@@ -419,16 +439,17 @@ def prepare(args: argparse.Namespace) -> Run:
     batches = min(len(loader), args.limit_batches or len(loader))
     steps = math.ceil(batches / args.accumulate)
     say(f"data       {len(split['train'])} scans to train on, {len(val_scans)} to validate on; "
-        f"{len(train_set)} slices of {size[0]} x {size[1]}, {args.workers} workers")
+        f"{len(train_set)} {'slices' if args.dims == 2 else 'patches'} of {' x '.join(map(str, size))}, "
+        f"{args.workers} workers")
 
-    network = {"in_channels": 1, "out_channels": 1, "dims": 2, "width": args.width, "depth": args.depth,
-               "norm": args.norm, "attention": args.attention}
+    network = {"in_channels": 1 + 2 * args.neighbours, "out_channels": 1, "dims": args.dims, "width": args.width,
+               "depth": args.depth, "norm": args.norm, "attention": args.attention}
     net = UNet(**network)                                                               # configure_model
     if world > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)                              # Trainer(sync_batchnorm=)
-    net = net.to(device, memory_format=torch.channels_last)
-    say(f"network    U-Net, width {args.width}, depth {args.depth}, norm {args.norm}{', attention' * args.attention}: "
-        f"{sum(p.numel() for p in net.parameters()):,} parameters")
+    net = net.to(device, memory_format=net.memory_format)
+    say(f"network    {args.dims}D U-Net, width {args.width}, depth {args.depth}, norm {args.norm}"
+        f"{', attention' * args.attention}: {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # Dice of the batch of all processes together, not the mean of one Dice for each.
     together = {"reduce": all_reduce} if world > 1 and args.loss != "bce" else {}
@@ -500,7 +521,7 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
         ready = begun
         for i, (image, mask) in enumerate(bar(args, run, epoch, log)):
             waited += time.perf_counter() - ready
-            image = image.to(device, memory_format=torch.channels_last, non_blocking=True)
+            image = image.to(device, memory_format=net.memory_format, non_blocking=True)
             mask = mask.to(device, non_blocking=True)                                   # transfer_batch_to_device
             with autocast():                                                            # training_step
                 logits = forward(image)
@@ -528,7 +549,7 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
 
         # -- log ------------------------------------------------------------------------ log_dict
         lr = optimizer.param_groups[0]["lr"]
-        log.append(log_row(args, run, epoch, losses, norms, rows, lr, seconds, waited))
+        log.append(log_row(args, run, epoch, losses, norms, rows, lr, begun, seconds, waited))
         history += losses.tolist()
         if run.rank > 0:
             continue
@@ -579,7 +600,7 @@ def fit_lightning(args: argparse.Namespace, run: Run) -> tuple[list[float], list
 
         def training_step(self, batch, _):
             image, mask = batch  # moved to the device by transfer_batch_to_device
-            logits = self.forward_net(image.contiguous(memory_format=torch.channels_last))
+            logits = self.forward_net(image.contiguous(memory_format=run.net.memory_format))
             with torch.autocast(self.device.type, enabled=False):
                 loss = run.loss_function(logits.float(), mask)
             self.losses.append(loss.detach())
@@ -601,7 +622,8 @@ def fit_lightning(args: argparse.Namespace, run: Run) -> tuple[list[float], list
         def on_train_epoch_end(self):
             losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
             seconds, self.rows = getattr(self, "seconds", time.perf_counter() - self.begun), gather(self.rows)
-            row = log_row(args, run, self.current_epoch, losses, norms, self.rows, self.lr, seconds, math.nan)
+            row = log_row(args, run, self.current_epoch, losses, norms, self.rows, self.lr, self.begun, seconds,
+                          math.nan)
             self.log_rows.append(row)
             self.history += losses.tolist()
             self.log("dice", row["dice_mean"] if self.rows else self.current_epoch)  # what ModelCheckpoint monitors

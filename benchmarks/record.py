@@ -3,12 +3,12 @@
     python benchmarks/record.py NAME --data DIR [any other argument of train.py]     # benchmarks/results/NAME.json
 
 Every accuracy in the README is read from such a file. It names the command, commit, hardware, versions and date, and
-holds the scores of each scan (of the last epoch, from the masks on disk, distances in mm) and the training log.
+holds the scores of each scan (of the last epoch, from the masks on disk, distances in mm and in voxels) and the
+training log. Stopped, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -16,16 +16,23 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import data  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
+from metrics import score  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def hardware() -> str:
@@ -42,47 +49,68 @@ def commit() -> str:
     return run("rev-parse", "--short", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
 
 
-def main() -> int:
-    name, arguments = sys.argv[1], sys.argv[2:]
-    result = train.train(train.parse_args(arguments))
-    args = train.parse_args([*arguments, "--out", result["out"]])
-    source = str(Path(args.cache) / "phantom") if args.data == "phantom" else args.data
-    labels = next(d for d in (Path(source) / "labelsTr", Path(source) / "labels") if d.is_dir())
-    rows = predict.predict(
-        argparse.Namespace(
-            scans=[source], checkpoint=result["checkpoint"], out=f"{result['out']}/masks", labels=str(labels),
-            held_out=True, probability=False, largest_component=False, flip=False, movie=False, batch_size=16,
-            device=args.device, precision=args.precision,
-        )
-    )
+def shown(arguments: Sequence[str]) -> str:
+    """Arguments as one would type them elsewhere: no path of the machine they ran on."""
+    words, hidden = [], ("--out", "--cache", "--logs")
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if word not in hidden and before not in hidden:
+            words.append(Path(word).name if before == "--data" else word)
+    return shlex.join(words)
+
+
+def record(
+    name: str, arguments: Sequence[str], prediction: Sequence[str] = (), results: Path = RESULTS, change: str = ""
+) -> dict:
+    """Train (or go on, or take the finished run), predict from files, write `results`/NAME.json.
+
+    Args:
+        arguments: of train.py, `--data` among them; with `--out` a run that was stopped goes on, one that ended stays.
+        prediction: more arguments of predict.py, such as `--flip`.
+        change: what the run is for, in words.
+    """
+    args = train.parse_args([*arguments, "--resume"] if "--out" in arguments else arguments)
+    result = train.train(args)
+    source = Path(args.cache) / "phantom" if args.data == "phantom" else Path(args.data)
+    truths = next(folder for folder in (source / "labelsTr", source / "labels") if folder.is_dir())
+    started = time.perf_counter()
+    rows = predict.predict(predict.parse_args([
+        str(source), "--checkpoint", result["checkpoint"], "--out", f"{result['out']}/masks", "--labels", str(truths),
+        "--held-out", "--device", args.device, "--precision", args.precision, *prediction]))
+    seconds = time.perf_counter() - started
     checkpoint = predict.load_checkpoint(result["checkpoint"])
-    scores = [{key: row[key] for key in row if key != "mask"} for row in rows]
-    mean = {key: float(np.mean([row[key] for row in scores])) for key in scores[0] if key != "name"}
-    shown = [a if a != args.data else Path(args.data).name for a in arguments]  # no path of the machine it ran on
-    shown = [a for i, a in enumerate(shown) if not {a, shown[i - 1]} & {"--out", "--cache", "--logs"}]
-    record = {
-        "command": f"python benchmarks/record.py {name} {shlex.join(shown)}",
+    labels = data.nifti_files(truths)
+    for row in rows:
+        masks = (np.asarray(nib.load(path).dataobj) for path in (row.pop("mask"), labels[row["name"]]))
+        mask, truth = (np.isin(array, args.label) if args.label and i else array > 0 for i, array in enumerate(masks))
+        row |= {f"{key}_voxels": score(mask, truth, (1, 1, 1))[key] for key in ("hd95", "assd")}
+    mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "name"}
+    content = {
+        "command": f"python benchmarks/record.py {name} {shown(arguments)}",
+        "prediction": shlex.join(prediction),
+        "change": change,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
+        "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "parameters": sum(v.numel() for k, v in checkpoint["model"].items() if "running" not in k and "num_b" not in k),
+        "parameters": sum(value.numel() for key, value in checkpoint["model"].items()
+                          if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))),
         "train_scans": len(checkpoint["split"]["train"]),
-        "minutes": result["seconds"] / 60,
+        "minutes": sum(row["seconds"] + row["validation_seconds"] for row in checkpoint["log"]) / 60,
+        "minutes_predicting": seconds / 60,
         "dice_in_training": result["dice"],
         "best_epoch_dice": result["best"],
         "mean": mean,
-        "std": {key: float(np.std([row[key] for row in scores])) for key in mean},
-        "worst_dice": min(row["dice"] for row in scores),
-        "scores": scores,
+        "std": {key: float(np.std([row[key] for row in rows])) for key in mean},
+        "worst_dice": min(row["dice"] for row in rows),
+        "scores": rows,
         "log": checkpoint["log"],
     }
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{path}\nfrom the masks on disk: {predict.summarise(scores)}")
-    return 0
+    path = results / f"{name}.json"
+    data.write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
+    print(f"{path}\nfrom the masks on disk: {predict.summarise(rows)}", flush=True)
+    return content
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    record(sys.argv[1], sys.argv[2:])

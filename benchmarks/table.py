@@ -1,4 +1,4 @@
-"""The tables of the README: results and timings from the JSON files under benchmarks/results/, files from the code.
+"""The tables of the README: results, ladder and timings from the JSON under benchmarks/results/, files from the code.
 
     python benchmarks/table.py            # print them
     python benchmarks/table.py --write    # put them into README.md, between their marks
@@ -14,6 +14,8 @@ import re
 import sys
 import tokenize
 from pathlib import Path
+
+import accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,6 +44,25 @@ def results() -> str:
             distance(mean["assd"], std["assd"]), f"{len(record['log'])}", f"{record['minutes']:.0f}",
         ])
     return markdown(["run", "Dice", "worst", "Jaccard", "HD95 mm", "ASSD mm", "epochs", "minutes"], rows)
+
+
+def ladder() -> str:
+    """A row for each measured row of benchmarks/accuracy.py, in its order."""
+    rows = []
+    for budget in accuracy.BUDGETS:
+        for path in (RESULTS / "ladder" / f"{budget}_{name}.json" for name in accuracy.ROWS):
+            if path.exists():
+                record = json.loads(path.read_text())
+                mean, std = record["mean"], record["std"]
+                rows.append([
+                    f"[`{path.stem}`](benchmarks/results/ladder/{path.name})", record["change"],
+                    f"{mean['dice']:.4f} ± {std['dice']:.4f}", f"{record['worst_dice']:.4f}", f"{mean['jaccard']:.4f}",
+                    distance(mean["hd95_voxels"], std["hd95_voxels"]),
+                    distance(mean["assd_voxels"], std["assd_voxels"]),
+                    f"{record['parameters'] / 1e6:.2f}", f"{record['minutes']:.0f}",
+                ])
+    head = ["row", "what it changes", "Dice", "worst", "Jaccard", "HD95 voxels", "ASSD voxels", "M weights", "minutes"]
+    return markdown(head, rows, text_columns=2)
 
 
 def timings() -> str:
@@ -88,8 +109,8 @@ def files() -> str:
 
 
 def blocks() -> dict[str, str]:
-    measured = {name: make() for name, folder, make in (("timings", "engines", timings), ("speed", "speed", speed))
-                if (RESULTS / folder).exists()}
+    tables = (("ladder", "ladder", ladder), ("timings", "engines", timings), ("speed", "speed", speed))
+    measured = {name: make() for name, folder, make in tables if (RESULTS / folder).exists()}
     return {"results": results(), **measured, "files": files()}
 
 

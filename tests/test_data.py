@@ -324,6 +324,48 @@ def test_samples_without_augmentation_are_the_cached_slices(scans):
     assert np.array_equal(image[0], data.fit(np.load(scans[1].image)[2], (20, 20)).astype(np.float32))
 
 
+def test_neighbours_are_channels_and_repeat_at_the_ends(scans):
+    dataset, image = data.SliceDataset(scans, (10, 12), neighbours=1), np.load(scans[0].image)
+    for d, around in ((0, [0, 0, 1]), (2, [1, 2, 3]), (5, [4, 5, 5])):
+        sample, mask = dataset[d]
+        assert np.array_equal(sample, image[around].astype(np.float32))
+        assert np.array_equal(mask[0], np.load(scans[0].mask)[d])
+
+
+def test_patches_are_pieces_of_scans_and_a_share_of_them_is_centred_on_the_organ(scans):
+    image, mask = np.load(scans[0].image).astype(np.float32), np.load(scans[0].mask)
+    pieces = {image[d:, h:, w:][:3, :4, :4].tobytes() for d in range(4) for h in range(7) for w in range(9)}
+    dataset = data.PatchDataset(scans[:1], (3, 4, 4), foreground=0.0)
+    assert len(dataset) == -(-mask.size // 48)  # an epoch sees about all voxels
+    drawn = [dataset[i] for i in range(len(dataset))]
+    assert all(x.shape == y.shape == (1, 3, 4, 4) and x[0].numpy().tobytes() in pieces for x, y in drawn)
+    assert len({x.numpy().tobytes() for x, _ in drawn}) > 5
+    dataset = data.PatchDataset(scans[:1], (1, 1, 1), foreground=1.0)  # nothing but the centre
+    assert all(dataset[i][1] == 1 for i in range(20))
+    assert data.PatchDataset(scans[:1], (9, 16, 16))[0][0].shape == (1, 9, 16, 16)  # larger than the scan: padded
+
+
+def test_patches_depend_on_seed_epoch_and_index_only(scans):
+    dataset = data.PatchDataset(scans, (4, 8, 8), augment="full", seed=3)
+    dataset.set_epoch(1)
+    first = torch.cat([image for image, _ in DataLoader(dataset, 4)])
+    for options in ({"num_workers": 2}, {"num_workers": 1, "multiprocessing_context": "spawn"}):
+        assert torch.equal(first, torch.cat([image for image, _ in DataLoader(dataset, 4, **options)]))
+    dataset.set_epoch(2)
+    assert not torch.equal(first[0], dataset[0][0])
+
+
+def test_all_slices_of_a_patch_are_warped_alike():
+    """Equal slices stay equal, but for the noise; and a slice is warped as it would be alone."""
+    h, w = np.mgrid[:48, :40]
+    disc = ((h - 20) ** 2 + (w - 25) ** 2 < 90).astype(np.uint8)
+    image, augment = disc * 4.0 - 2, data.augmenter("seed")
+    stack, stacked_mask = augment(np.float32([image] * 40), np.stack([disc] * 40), 5)
+    alone, mask = augment(image.astype(np.float32), disc, 5)
+    assert all(np.array_equal(a, alone) for a in stack) and all(np.array_equal(a, mask) for a in stacked_mask)
+    assert not np.array_equal(mask, disc)
+
+
 def test_missing_library_of_opencv_is_explained(tmp_path):
     """A server without libGL.so.1: OpenCV does not load, imgaug neither; the message says what to install."""
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")

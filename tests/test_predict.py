@@ -143,6 +143,37 @@ def test_small_slices_are_padded_as_in_training():
     assert not np.allclose(predict.predict_volume(net, volume), expected)
 
 
+class Pointwise(torch.nn.Conv3d):
+    """A network that sees one voxel at a time: whatever the window, its answer is the same."""
+
+    dims, in_channels, memory_format = 3, 1, torch.channels_last_3d
+
+    def predict(self, x):
+        return torch.sigmoid(self(x))
+
+
+def test_windows_leave_no_trace_in_a_pointwise_network():
+    torch.manual_seed(0)
+    net, volume = Pointwise(1, 1, 1), np.random.default_rng(0).normal(size=(9, 14, 11)).astype(np.float32)
+    whole = predict.predict_volume(net, volume, size=volume.shape)
+    for size in ((4, 4, 4), (9, 5, 3), (2, 14, 16), (12, 20, 20)):
+        assert np.allclose(predict.predict_volume(net, volume, size=size), whole, atol=1e-6), size
+    assert np.allclose(predict.predict_volume(net, volume, size=(4, 4, 4), flip=True), whole, atol=1e-6)
+
+
+def test_windows_overlap_by_half_and_the_middle_counts_most():
+    starts, volume = [], np.arange(12, dtype=np.float32)[:, None, None] * np.ones((1, 2, 2), np.float32)
+
+    def first_voxel(x):  # the window's number, everywhere in the window
+        starts.append(int(x[0, 0, 0, 0, 0]))
+        return np.full((1, 4, 2, 2), x[0, 0, 0, 0, 0])
+
+    told = predict.slide(first_voxel, volume, (4, 2, 2))
+    assert starts == [0, 2, 4, 6, 8]
+    assert told[0, 0, 0] == 0 and told[11, 0, 0] == 8  # seen by one window
+    assert abs(told[5, 0, 0] - 4) < 0.1  # voxel 5 is second in the window of 4 and last in that of 2
+
+
 def test_batch_size_changes_memory_not_the_result():
     net, volume = UNet(width=2, depth=1).eval(), np.random.default_rng(0).normal(size=(7, 6, 8)).astype(np.float32)
     assert np.allclose(*(predict.predict_volume(net, volume, batch_size=n) for n in (1, 3)), atol=1e-6)

@@ -118,6 +118,29 @@ def test_overfits_four_slices(run_args):
     assert len(result["scans"]) == 4 and result["dice"] > 0.98
 
 
+VOLUME = ["--dims", "3", "--patch", "12", "24", "24", "--batch-size", "2", "--spacing", "5"]
+
+
+def test_volumes_are_the_same_run_with_dims_3(run_args, phantoms, tmp_path):
+    """It learns, resumes to the bit, and predict.py finds the validation Dice again through the sliding window."""
+    run = [*run_args, *VOLUME, "--augment", "seed", "--attention", "--epochs", "3", "--lr", "2e-2"]
+    whole = train.train(train.parse_args([*run, "--out", str(tmp_path / "whole")]))
+    assert whole["losses"][-1] < 0.8 * whole["losses"][0]
+    checkpoint = predict.load_checkpoint(whole["checkpoint"])
+    assert checkpoint["network"]["dims"] == 3 and checkpoint["preprocess"]["spacing"] == [5, 5, 5]
+    masks = [str(phantoms), "--checkpoint", whole["checkpoint"], "--out", str(tmp_path / "masks"), "--device", "cpu"]
+    assert predict.main([*masks, "--labels", str(phantoms / "labelsTr"), "--held-out", "--precision", "fp32"]) == 0
+    rows = csv.DictReader((tmp_path / "masks" / "scores.csv").read_text().splitlines())
+    assert {row["name"]: float(row["dice"]) for row in rows} == whole["scans"]
+
+
+def test_neighbours_are_seen_in_training_and_in_prediction(run_args, phantoms, tmp_path):
+    result = train.train(train.parse_args([*run_args, "--neighbours", "1", "--epochs", "1"]))
+    assert predict.load_checkpoint(result["checkpoint"])["network"]["in_channels"] == 3
+    run = [str(phantoms), "--checkpoint", result["checkpoint"], "--out", str(tmp_path / "masks")]
+    assert predict.main([*run, "--held-out"]) == 0
+
+
 def test_fold_all_trains_on_everything(run_args, tmp_path):
     result = train.train(train.parse_args([*run_args, "--fold", "all", "--limit-batches", "1"]))
     assert result["dice"] is None and result["scans"] == {}
