@@ -91,6 +91,18 @@ def timings() -> str:
     return markdown(["seconds per epoch", "median ratio", "range"], rows)
 
 
+def speed() -> str:
+    rows = []
+    for path in sorted((RESULTS / "speed").glob("*.json")):
+        for number, row in json.loads(path.read_text())["rows"].items():
+            for line in row["checks"]:
+                met = {True: "yes", False: "**no**", None: ""}[line.get("met")]
+                spread = f"{min(line['values']):.3g} to {max(line['values']):.3g}" if len(line["values"]) > 1 else ""
+                rows.append([number, line["what"], f"{line['median']:.3g} {line['unit']}".strip(), spread,
+                             line["goal"], met])
+    return markdown(["row", "what", "median", "range", "goal", "met"], rows, text_columns=2)
+
+
 def code_lines(source: str) -> int:
     """Lines that hold code: no docstrings, comments and blanks."""
     texts = set()
@@ -113,8 +125,8 @@ def files() -> str:
 
 
 def blocks() -> dict[str, str]:
-    measured = {"ladder": ladder()} if (RESULTS / "ladder").exists() else {}
-    measured |= {"timings": timings()} if (RESULTS / "engines").exists() else {}
+    tables = (("ladder", "ladder", ladder), ("timings", "engines", timings), ("speed", "speed", speed))
+    measured = {name: make() for name, folder, make in tables if (RESULTS / folder).exists()}
     return {"results": results(), "published": published(), **measured, "files": files()}
 
 
