@@ -24,6 +24,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -389,6 +390,14 @@ def write_atomically(path: Path, write: Callable) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, seconds: float = 3600) -> None:
+    """Remove temporary files that killed processes left; no write takes an hour, a younger one may be a run's at work."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # two runs may clean up at once
+            if time.time() - path.stat().st_mtime >= seconds:
+                path.unlink()
+
+
 def survey(pairs: Sequence[Pair], folder: str | Path | None = None) -> tuple[float, float, float]:
     """Median spacing in mm along the patient's axes, (left-right, posterior-anterior, inferior-superior).
 
@@ -452,6 +461,7 @@ def cache_scan(pair: Pair, recipe: dict, folder: Path) -> CachedScan:
 
 def cache_scans(pairs: Sequence[Pair], recipe: dict, folder: str | Path) -> list[CachedScan]:
     """`cache_scan` for a whole data set, on all cores: reading and unzipping release Python's lock."""
+    remove_leftovers(Path(folder))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(partial(cache_scan, recipe=recipe, folder=Path(folder)), pairs)
         return list(tqdm(jobs, total=len(pairs), desc="reading", unit="scan", leave=False, disable=None))
@@ -498,6 +508,8 @@ def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.nda
 def pipeline(kind: str):
     """The imgaug augmenters, built once in each process: imgaug's objects cannot be unpickled in a spawned worker."""
     iaa = import_imgaug()
+    from imgaug.random import RNG
+
     steps = [
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45)),
         iaa.ElasticTransformation(alpha=(0.0, 40.0), sigma=(4.0, 8.0)),  # displacement and smoothness in pixels
@@ -509,15 +521,18 @@ def pipeline(kind: str):
             iaa.Sometimes(0.25, iaa.AdditiveGaussianNoise(scale=(0, 0.2), per_channel=True)),
             iaa.Sometimes(0.25, iaa.GaussianBlur(sigma=(0.0, 1.0))),
         ]
-    return iaa.Sequential(steps)
+    augmenters, generator = iaa.Sequential(steps), RNG(0)
+    for augmenter in (augmenters, *augmenters.get_all_children(flat=True)):
+        augmenter.random_state = generator  # one for all, so that one state seeds them all
+    return augmenters
 
 
 def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tuple[np.ndarray, np.ndarray]:
     if kind == "none":
         return image, mask
-    # Seeding the augmenters themselves: `imgaug.seed()` sets a global generator that spawned workers do not share.
     augmenters = pipeline(kind)
-    augmenters.seed_(entropy)
+    # What `augmenters.seed_(entropy)` is for, which is slow: it makes a generator for each.
+    augmenters.random_state.generator.bit_generator.state = np.random.SFC64(entropy).state
     # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share a warp.
     stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask.astype(np.int32)))
     (stack,), (labels,) = augmenters(images=[stack], segmentation_maps=[labels])
@@ -534,6 +549,8 @@ def fit(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
     surplus = [max(n - want, 0) for n, want in zip(array.shape[-last:], size, strict=True)]
     array = array[(..., *(slice(n // 2, n // 2 + want) for n, want in zip(surplus, size, strict=True)))]
     missing = [want - n for n, want in zip(array.shape[-last:], size, strict=True)]
+    if not any(missing):
+        return array  # np.pad copies, and takes longer than to read a slice
     return np.pad(array, [(0, 0)] * (array.ndim - last) + [(n // 2, n - n // 2) for n in missing])
 
 
@@ -544,6 +561,19 @@ def with_neighbours(volume: np.ndarray, slices: Sequence[int], count: int) -> np
     """
     around = np.asarray(slices)[:, None] + np.arange(-count, count + 1)
     return volume[around.clip(0, len(volume) - 1)].astype(np.float32)
+
+
+@cache
+def layout(path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
+    """dtype, shape and first byte of the array in a .npy file: each process parses a header once, which is slow."""
+    array = np.load(path, mmap_mode="r")
+    return array.dtype, array.shape, array.offset
+
+
+def open_array(path: Path) -> np.memmap:
+    """The array of a .npy file, on disk: a map for each sample, for one that stays would grow with what was read."""
+    dtype, shape, offset = layout(path)
+    return np.memmap(path, dtype, "r", offset, shape)
 
 
 class SliceDataset(Dataset):
@@ -586,7 +616,7 @@ class SliceDataset(Dataset):
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image float32 and mask uint8 of a sample as they are in the cache."""
         i, d = self.table[index]
-        image, mask = (np.load(path, mmap_mode="r") for path in (self.scans[i].image, self.scans[i].mask))
+        image, mask = (open_array(path) for path in (self.scans[i].image, self.scans[i].mask))
         return with_neighbours(image, [d], self.neighbours)[0], mask[[d]]
 
 
@@ -610,7 +640,7 @@ class PatchDataset(SliceDataset):
 
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         scan = self.scans[self.table[index]]
-        image, mask = (np.load(path, mmap_mode="r") for path in (scan.image, scan.mask))
+        image, mask = (open_array(path) for path in (scan.image, scan.mask))
         room = np.maximum(np.subtract(mask.shape, self.size), 0)  # the last place where a patch can begin
         start = rng.integers(room + 1)
         if rng.random() < self.foreground and any(scan.foreground):

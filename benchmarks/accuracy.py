@@ -6,8 +6,8 @@
     python benchmarks/accuracy.py --data DIR --budget cpu --only seed norm   # some rows
 
 Rows that have a JSON under benchmarks/results/ladder/ are done and are passed over; a row that was stopped goes on
-where it was. Every row trains on the same scans of fold 0, and is scored from the masks
-on disk, after its last epoch. `python benchmarks/table.py --write` puts the rows into the README.
+where it was. Every row trains on the same scans of fold 0 (`--fold` for another), and is scored from the masks on disk,
+after its last epoch. `python benchmarks/table.py --write` puts the rows into the README.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from pathlib import Path
 
 import record
 
@@ -54,25 +55,26 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="DIR", help="as in train.py")
     parser.add_argument("--budget", required=True, choices=tuple(BUDGETS), help="how wide and how long")
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=tuple(ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--fold", default="0", metavar="K", help="the part that is scored, 0 to 4")
     parser.add_argument("--limit-batches", metavar="N", help="a dry run: N batches an epoch, results in runs/dry")
     args = parser.parse_args()
     results, runs = record.RESULTS / "ladder", "runs/ladder"
     if args.limit_batches:
-        results, runs = record.ROOT / "runs" / "dry" / "results", "runs/dry"
+        results, runs = Path("runs/dry/results"), "runs/dry"
     for name in args.only or ROWS:
         _, change, own, prediction = ROWS[name]
-        row = f"{args.budget}_{name}"
+        row = f"{args.budget}_{name}" + (f"_fold{args.fold}" if args.fold != "0" else "")
         if (results / f"{row}.json").exists():
             print(f"{row}: done")
             continue
         # A row that only predicts otherwise takes the run of the row that it changes.
-        trained = name if own else ROWS[name][0]
-        flags = arguments(name)
+        run = row if own else row.replace(name, ROWS[name][0])
+        flags = arguments(name) | ({"fold": args.fold} if args.fold != "0" else {})
         flags |= BUDGETS[args.budget]["dims" in flags]
         command = ["--data", args.data, *shlex.split(" ".join(f"--{flag} {value}" for flag, value in flags.items()))]
         command += ["--limit-batches", args.limit_batches] if args.limit_batches else []
         print(f"\n{row}: {change}", flush=True)
-        record.record(row, [*command, "--out", f"{runs}/{args.budget}_{trained}"], prediction, results, change)
+        record.record(row, [*command, "--out", f"{runs}/{run}"], prediction, results, change)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of the README: results and timings from the JSON files under benchmarks/results/, files from the code.
+"""The tables of the README: results, ladder and timings from the JSON under benchmarks/results/, files from the code.
 
     python benchmarks/table.py            # print them
     python benchmarks/table.py --write    # put them into README.md, between their marks
@@ -14,6 +14,8 @@ import re
 import sys
 import tokenize
 from pathlib import Path
+
+import accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,6 +46,41 @@ def results() -> str:
     return markdown(["run", "Dice", "worst", "Jaccard", "HD95 mm", "ASSD mm", "epochs", "minutes"], rows)
 
 
+def ladder() -> str:
+    """A row for each measured row of benchmarks/accuracy.py, in its order."""
+    rows = []
+    for budget in accuracy.BUDGETS:
+        for path in (RESULTS / "ladder" / f"{budget}_{name}.json" for name in accuracy.ROWS):
+            if path.exists():
+                record = json.loads(path.read_text())
+                mean, std = record["mean"], record["std"]
+                rows.append([
+                    f"[`{path.stem}`](benchmarks/results/ladder/{path.name})", record["change"],
+                    f"{mean['dice']:.4f} ± {std['dice']:.4f}", f"{record['worst_dice']:.4f}", f"{mean['jaccard']:.4f}",
+                    distance(mean["hd95_voxels"], std["hd95_voxels"]),
+                    distance(mean["assd_voxels"], std["assd_voxels"]),
+                    f"{record['parameters'] / 1e6:.2f}", f"{record['minutes']:.0f}",
+                ])
+    head = ["row", "what it changes", "Dice", "worst", "Jaccard", "HD95 voxels", "ASSD voxels", "M weights", "minutes"]
+    return markdown(head, rows, text_columns=2)
+
+
+def published() -> str:
+    """Scores of the literature (`published.json` cites them) above this project's, distances in voxels."""
+    rows = [[row["name"], *(f"{value:.2f}" for value in row["scores"])]
+            for row in json.loads((RESULTS / "published" / "published.json").read_text())]
+    for name in ("la2018_width16", "ladder/cpu_volume"):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            mean = json.loads(path.read_text())["mean"]
+            # The first record has only mm; these volumes are 0.625 mm in every direction.
+            voxels = [mean.get(f"{key}_voxels", mean[key] / 0.625) for key in ("hd95", "assd")]
+            scores = (100 * mean["dice"], 100 * mean["jaccard"], *voxels)
+            link = f"here: [`{path.stem}`](benchmarks/results/{name}.json)"
+            rows.append([link, *(f"{value:.2f}" for value in scores)])
+    return markdown(["trained and scored on", "Dice %", "Jaccard %", "HD95", "ASSD"], rows)
+
+
 def timings() -> str:
     rows = []
     for path in sorted((RESULTS / "engines").glob("*.json")):
@@ -52,6 +89,18 @@ def timings() -> str:
             spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
             rows.append([f"{row['row']} ({path.stem.split('_')[1]})", f"{row['ratio']:.2f}", spread])
     return markdown(["seconds per epoch", "median ratio", "range"], rows)
+
+
+def speed() -> str:
+    rows = []
+    for path in sorted((RESULTS / "speed").glob("*.json")):
+        for number, row in json.loads(path.read_text())["rows"].items():
+            for line in row["checks"]:
+                met = {True: "yes", False: "**no**", None: ""}[line.get("met")]
+                spread = f"{min(line['values']):.3g} to {max(line['values']):.3g}" if len(line["values"]) > 1 else ""
+                rows.append([number, line["what"], f"{line['median']:.3g} {line['unit']}".strip(), spread,
+                             line["goal"], met])
+    return markdown(["row", "what", "median", "range", "goal", "met"], rows, text_columns=2)
 
 
 def code_lines(source: str) -> int:
@@ -76,8 +125,9 @@ def files() -> str:
 
 
 def blocks() -> dict[str, str]:
-    measured = {"timings": timings()} if (RESULTS / "engines").exists() else {}
-    return {"results": results(), **measured, "files": files()}
+    tables = (("ladder", "ladder", ladder), ("timings", "engines", timings), ("speed", "speed", speed))
+    measured = {name: make() for name, folder, make in tables if (RESULTS / folder).exists()}
+    return {"results": results(), "published": published(), **measured, "files": files()}
 
 
 if __name__ == "__main__":
