@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -200,9 +201,10 @@ def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     nifti.set_sform(affine, code="scanner")
     nifti.header.set_xyzt_units("mm")
     path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")  # A file of the right name is there whole.
-    nib.save(nifti, unfinished)
-    unfinished.replace(path)
+    # Renamed when whole: another run that makes the same data set may be reading its file already.
+    temporary = path.with_name(f".{os.urandom(8).hex()}.nii.gz")
+    nib.save(nifti, temporary)
+    temporary.replace(path)
 
 
 def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 1.0) -> Path:
@@ -229,11 +231,15 @@ def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 
     text = json.dumps(contents, indent=2).encode() + b"\n"
     # The index comes first: a folder that holds it is ours, and what it lacks is what an interrupted run did not reach.
     index = out / "dataset.json"
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))  # asked first: another run may begin right now
     ours = index.is_file() and index.read_bytes() == text
-    if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if taken and not ours:
         raise ValueError(f"{out} holds something else than the {scans} scans of seed {seed}; name an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    index.write_bytes(text)
+    if not ours:  # renamed from outside: another run that starts now finds an empty folder, or this very data set
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{os.urandom(8).hex()}")
+        temporary.write_bytes(text)
+        temporary.replace(index)
     for k, pair in enumerate(pairs):
         if not all((out / path).is_file() for path in pair.values()):
             orientation = ORIENTATIONS[k % len(ORIENTATIONS)]

@@ -27,6 +27,7 @@ import base64
 import copy
 import csv
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -472,7 +473,7 @@ def write(path: str | Path, put: Callable[[Path], object]) -> None:
     """Make the folder, `put` the file there under another name, rename: it is there whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     put(temporary)
     temporary.replace(path)
 
@@ -506,7 +507,7 @@ def fullest_slice(checkpoint: str, path: str) -> tuple:
     import predict
 
     saved = predict.load_checkpoint(checkpoint)
-    net, recipe = predict.load_network(saved), saved["preprocess"]
+    net, recipe = predict.load_network(saved, path=checkpoint), saved["preprocess"]
     scan = data.read_scan(path, recipe["axis"])
     volume = data.preprocess(scan.array, scan.spacing, recipe)
     most = predict.predict_volume(net, volume, size=recipe["size"]).sum(axis=(1, 2)).argmax()
