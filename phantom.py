@@ -21,8 +21,10 @@ uint8, 1 = left atrium. About 115 x 95 x 28 voxels of 2.1 x 2.1 x 3.5 mm. Scan k
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -207,7 +209,10 @@ def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     nifti.set_qform(affine, code="scanner")
     nifti.set_sform(affine, code="scanner")
     nifti.header.set_xyzt_units("mm")
-    nib.save(nifti, path)
+    # Renamed when whole: another run that makes the same data set may be reading its file already.
+    temporary = path.with_name(f".{os.urandom(8).hex()}.nii.gz")
+    nib.save(nifti, temporary)
+    temporary.replace(path)
 
 
 def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 1.0) -> Path:
@@ -244,8 +249,10 @@ def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 
         return out
 
     out.mkdir(parents=True, exist_ok=True)
-    unfinished.write_bytes(text)
-    index.unlink(missing_ok=True)
+    if not ours:  # renamed from outside: another run that starts now finds an empty folder, or this very data set
+        temporary = out.with_name(f".{os.urandom(8).hex()}")
+        temporary.write_bytes(text)
+        temporary.replace(unfinished)
     for folder in ("imagesTr", "labelsTr"):
         (out / folder).mkdir(exist_ok=True)
     for k, pair in enumerate(pairs):
@@ -253,7 +260,9 @@ def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 
         image, mask, _, affine = make_scan(rng, ORIENTATIONS[k % len(ORIENTATIONS)], size)
         save(image, affine, out / pair["image"])
         save(mask, affine, out / pair["label"])
-    return unfinished.replace(index).parent
+    with contextlib.suppress(FileNotFoundError):  # where another run has just finished the same
+        unfinished.replace(index)
+    return out
 
 
 def main(argv: list[str] | None = None) -> None:

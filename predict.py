@@ -16,7 +16,6 @@ import csv
 import itertools
 import math
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ import torch
 from scipy import ndimage
 from tqdm import tqdm
 
+import data
 import visualize
 from data import (
     DataError,
@@ -36,6 +36,7 @@ from data import (
     find_pairs,
     fit,
     nifti_files,
+    open_nifti,
     preprocess,
     read_mask,
     read_scan,
@@ -104,7 +105,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; train.py writes last.pt and best.pt into its run folder") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
     missing = {"model", "network", "preprocess", "version"} - set(checkpoint if isinstance(checkpoint, dict) else ())
@@ -112,17 +113,22 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise DataError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(sorted(missing))}")
     if checkpoint["version"] != VERSION:
         raise DataError(f"{path}: checkpoint version is {checkpoint['version']}, expected {VERSION}; train it anew")
+    missing = {"axis", "label", "spacing", "crop", "normalise", "size"} - set(checkpoint["preprocess"])
+    if missing:
+        raise DataError(f"{path}: its preprocessing lacks {', '.join(sorted(missing))}; train it anew")
     return checkpoint
 
 
-def load_network(checkpoint: dict, device: torch.device | str = "cpu") -> UNet:
-    """The trained network of a checkpoint, in evaluation mode."""
+def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str | Path = "the checkpoint") -> UNet:
+    """The trained network of a checkpoint, in evaluation mode; `path` is what an error calls the checkpoint."""
     try:
-        net = UNet(**checkpoint["network"])
-        net.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"the checkpoint's weights do not fit its network ({str(error).splitlines()[0]})") from None
-    return net.to(device, memory_format=net.memory_format).eval()
+        with torch.device("meta"):  # shapes without memory: a foreign file may claim a network of any size
+            net = UNet(**checkpoint["network"])
+        net.load_state_dict(checkpoint["model"], assign=True)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: its weights do not fit its network ({reason}); train it anew") from None
+    return net.to(device, torch.float32, memory_format=net.memory_format).eval()
 
 
 @torch.inference_mode()
@@ -195,7 +201,8 @@ def write_like(path: Path, array: np.ndarray, scan: Scan) -> None:
     image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's display window would hide a mask of 0 and 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # nibabel needs to see the .nii or .nii.gz
+    # Short, since names end at 255 bytes; nibabel needs to see the .nii or .nii.gz.
+    temporary = path.with_name(f".{os.getpid()}.nii{'.gz' * (path.suffix == '.gz')}")
     try:
         nib.save(image, temporary)
         os.replace(temporary, path)
@@ -251,7 +258,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
     """Predict every scan of `args.scans`; returns a row for each: name, mask, and its scores where there is a label."""
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
-    net, recipe = load_network(checkpoint, device), checkpoint["preprocess"]
+    net, recipe = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"]
     precision = pick_precision(args.precision, device)
     keep_freed_memory()
     out = Path(args.out)
@@ -271,6 +278,8 @@ def predict(args: argparse.Namespace) -> list[dict]:
         print(f"note: {len(seen)} of {len(pairs)} scans have names that the network was trained on; "
               "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
 
+    for pair in pairs:
+        open_nifti(pair.image)  # before the first mask is written: a header costs nothing
     rows: list[dict] = []
     for pair in tqdm(pairs, desc="predicting", unit=" scans", disable=None):
         target = out / (f"{pair.name}.nii" if pair.image.suffix == ".nii" else f"{pair.name}.nii.gz")
@@ -319,17 +328,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--max-gb", type=float, default=data.MAX_GB, help="memory for one scan (default: half of all)")
+    parser.print_usage = lambda _: None  # an error is one line
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    data.MAX_GB = args.max_gb
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         if args.batch_size < 1:
             raise DataError(f"--batch-size {args.batch_size}: expected at least 1")
         rows = predict(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{len(rows)} masks in {args.out}")

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ except ImportError:  # Windows
     resource = None
 
 LOWEST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "width": 1, "depth": 0, "crop": 0, "clip": 0, "workers": 0,
-          "neighbours": 0, "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1}  # of the numeric arguments
+          "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1, "lr": 0, "weight_decay": 0, "seed": 0,
+          "max_gb": 0, "neighbours": 0}  # of the numeric arguments
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -71,6 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DIR", help="imagesTr/ + labelsTr/, images/ + labels/, or the word phantom")
     add("--cache", default="cache", metavar="DIR", help="where preprocessed scans are kept")
+    add("--max-gb", type=float, default=data.MAX_GB, metavar="GB", help="memory for one scan, half of the machine's")
     add("--label", type=int, nargs="+", metavar="N", help="label values that are foreground; None: all but 0")
     add("--axis", type=int, choices=(0, 1, 2), help="slice axis, 2: axial; None: that of the coarsest spacing")
     add("--folds", type=int, default=5, metavar="N", help="parts to split the scans into")
@@ -115,10 +118,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--limit-batches", type=int, metavar="N", help="at most N batches and N validation scans an epoch: a dry run")
     add("--overfit", type=int, metavar="N", help="train and validate on the same N slices: can it learn at all?")
 
+    parser.print_usage = lambda _: None  # an error is one line
     args = parser.parse_args(argv)
     for flag, lowest in LOWEST.items():
         value = getattr(args, flag)
-        if value is not None and value < lowest:
+        if value is not None and not value >= lowest:
             parser.error(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
     if args.fold != "all" and not args.fold.isdecimal():
         parser.error(f"--fold {args.fold}: expected a number from 0, or all")
@@ -126,6 +130,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--resume: say which run, with --out")
     if args.size and len(args.size) != args.dims:
         parser.error(f"--size {' '.join(map(str, args.size))}: expected {args.dims} numbers with --dims {args.dims}")
+    if args.size and min(args.size[-2:]) < 2**args.depth:  # of a patch, H and W
+        parser.error(f"--size {' '.join(map(str, args.size))}: smaller than one pixel of the lowest level; expected at "
+                     f"least {2**args.depth}, or a lower --depth")
     if args.neighbours and args.dims == 3:
         parser.error(f"--neighbours {args.neighbours}: a patch holds its neighbours; leave it out with --dims 3")
     args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
@@ -299,13 +306,14 @@ def write_json(content, file) -> None:
     file.write(json.dumps(content, indent=1).encode())
 
 
-def bar(args: argparse.Namespace, run: Run, epoch: int, log: Sequence[dict]) -> Iterator:
-    """The batches of an epoch under a progress bar: slices per second, and the loss of the epoch before."""
+def bar(args: argparse.Namespace, run: Run, epoch: int, log: Sequence[dict], done: int) -> Iterator:
+    """An epoch's batches after the first `done`, under a progress bar: slices per second, loss of the epoch before."""
     title = f"epoch {epoch + 1}/{args.epochs}" + (f", loss {log[-1]['train_loss']:.3f}" if log else "")
     hidden = True if run.rank > 0 else None  # None: quiet where there is no terminal
     unit = {2: " slices", 3: " patches"}[args.dims]
-    with tqdm(total=run.batches * args.batch_size, desc=title, unit=unit, leave=False, disable=hidden) as shown:
-        for batch in islice(run.loader, run.batches):
+    total, before = run.batches * args.batch_size, done * args.batch_size
+    with tqdm(total=total, initial=before, desc=title, unit=unit, leave=False, disable=hidden) as shown:
+        for batch in islice(run.loader, run.batches - done):
             yield batch
             shown.update(args.batch_size)
 
@@ -338,7 +346,8 @@ def closing(result: dict, args: argparse.Namespace) -> str:
 
 
 # Arguments that a resumed run may change: they say where and how it runs, not what comes out.
-FREE = {"out", "resume", "logs", "cache", "data", "device", "devices", "num_nodes", "workers", "compile", "epochs"}
+FREE = {"out", "resume", "logs", "cache", "data", "device", "devices", "num_nodes", "workers", "compile", "epochs",
+        "max_gb"}
 
 
 def find_checkpoint(args: argparse.Namespace, device: torch.device) -> dict | None:
@@ -376,13 +385,15 @@ class Run:
     split: dict
     val_scans: list[data.CachedScan]
     train_set: data.SliceDataset
-    sampler: DistributedSampler
+    sampler: Order
     loader: DataLoader
     batches: int  # an epoch's, in each process
     steps: int  # an epoch's steps of the optimiser
     network: dict  # arguments of UNet
     net: UNet
     loss_function: nn.Module
+    stop: int = 0  # the signal that asked to stop
+    stop_time: float = 0.0
 
     @property
     def first(self) -> int:
@@ -407,7 +418,7 @@ def prepare(args: argparse.Namespace) -> Run:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and args.engine == "loop":                                             # Trainer(strategy="ddp")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     precision = pick_precision(args.precision, device)                                  # Trainer(precision=)
     torch.backends.cudnn.benchmark = True                                               # Trainer(benchmark=)
     keep_freed_memory()
@@ -429,12 +440,13 @@ def prepare(args: argparse.Namespace) -> Run:
     else:
         train_set = data.SliceDataset(train_scans, size, neighbours=args.neighbours, **options)
     # The order depends on (seed, epoch) alone; of each batch, every process takes its share.
-    sampler = DistributedSampler(train_set, num_replicas=world, rank=rank, seed=args.seed)
+    sampler = Order(train_set, num_replicas=world, rank=rank, seed=args.seed)
     if args.batch_size % world:
         raise DataError(f"--batch-size {args.batch_size}: {world} processes share it; choose a multiple of {world}")
     loader = DataLoader(                                                                # train_dataloader
         train_set, args.batch_size // world, sampler=sampler, drop_last=len(train_set) >= args.batch_size,
         num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
+        worker_init_fn=outlive_signals, generator=torch.Generator(),  # its own: an epoch begun twice draws twice
     )
     batches = min(len(loader), args.limit_batches or len(loader))
     steps = math.ceil(batches / args.accumulate)
@@ -457,6 +469,7 @@ def prepare(args: argparse.Namespace) -> Run:
     say(f"optimiser  AdamW, {args.schedule} to {args.lr:g}, {args.epochs} epochs of {steps} steps")
 
     if rank == 0:
+        data.remove_leftovers(out, seconds=0)
         for name, content in (("args.json", vars(args)), ("split.json", split)):
             data.write_atomically(out / name, partial(write_json, content))
     say(f"run        {out}, {args.engine}, {'goes on' if saved else 'new'}; tensorboard --logdir {args.logs}")
@@ -470,6 +483,49 @@ def processes(args: argparse.Namespace) -> tuple[int, int]:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("NODE_RANK", 0)) * args.devices + int(os.environ.get("LOCAL_RANK", 0))
     return rank, args.devices * args.num_nodes
+
+
+class Order(DistributedSampler):
+    """The order of the samples; `start` leaves out those that a resumed run has had in its first epoch."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.start, None)
+
+
+def outlive_signals(_) -> None:
+    """In a worker: Ctrl-C reaches the whole process group, but the main process still needs its next batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # SIGTERM may as well be the main process's own, so it is only put off
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def interrupt(number: int, _) -> None:
+    """SIGTERM or SIGINT while nothing is trained: end at once."""
+    raise SystemExit(128 + number)
+
+
+def note(run: Run, number: int, _=None) -> None:
+    """SIGTERM or SIGINT in training: the loop stops after its step. A second one ends the process where it stands.
+
+    Within a second it counts as the same one: `timeout`, for example, sends its signal twice.
+    """
+    if run.stop and time.monotonic() - run.stop_time > 1:
+        os._exit(128 + number)
+    if not run.stop:
+        run.stop, run.stop_time = int(number), time.monotonic()
+
+
+def asked_to_stop(run: Run) -> bool:
+    """Whether a signal came, to any process: all stop after the same step, or the others would wait for it for ever."""
+    if not dist.is_initialized():
+        return run.stop > 0
+    heard = torch.tensor(run.stop)  # on the CPU, so by gloo: hosts wait for each other here, but not for their GPUs
+    dist.all_reduce(heard, dist.ReduceOp.MAX)
+    if heard and not run.stop:
+        note(run, int(heard))
+    return heard.item() > 0
 
 
 def make_optimizer(args: argparse.Namespace, run: Run, fused: bool) -> torch.optim.Optimizer:
@@ -511,6 +567,13 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
         best = run.saved["best"]
     writer = SummaryWriter(Path(args.logs) / run.out.name, purge_step=first) if run.rank == 0 else None
 
+    def save(name: str, epoch: int, **part) -> None:                                    # on_save_checkpoint
+        """With all that is needed to go on after `epoch`; `part` is what is known of the next, if it has begun."""
+        checkpoint = checkpoint_of(args, run, epoch, best, log) | {"part": part, "rng": torch.get_rng_state()}
+        checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        checkpoint["step"] += len(part.get("norms", ()))
+        data.write_atomically(run.out / name, partial(torch.save, checkpoint))
+
     for epoch in range(first, args.epochs):                                             # Trainer.fit
 
         # -- train ---------------------------------------------------------------------- on_train_epoch_start
@@ -518,8 +581,13 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
         run.train_set.set_epoch(epoch)
         net.train()
         losses, norms, waited, begun = [], [], 0.0, time.perf_counter()
-        ready = begun
-        for i, (image, mask) in enumerate(bar(args, run, epoch, log)):
+        part = run.saved.get("part") if run.saved and epoch == first else None
+        if part:  # this epoch was stopped half-way
+            losses, norms, waited = list(part["losses"]), list(part["norms"]), part["waited"]
+            begun -= part["seconds"]
+        run.sampler.start = len(losses) * args.batch_size // run.world
+        ready = time.perf_counter()
+        for i, (image, mask) in enumerate(bar(args, run, epoch, log, len(losses)), len(losses)):
             waited += time.perf_counter() - ready
             image = image.to(device, memory_format=net.memory_format, non_blocking=True)
             mask = mask.to(device, non_blocking=True)                                   # transfer_batch_to_device
@@ -538,6 +606,8 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
                 norms.append(clip_gradient(net, args.clip))                             # configure_gradient_clipping
                 scaler.step(optimizer)                                                  # optimizer_step
                 scaler.update()
+                if asked_to_stop(run):                                                  # Trainer.should_stop
+                    break
             ready = time.perf_counter()                                                 # on_train_batch_end
         losses, norms = torch.stack(losses).cpu(), torch.stack(norms).cpu()             # on_train_epoch_end
         seconds = time.perf_counter() - begun
@@ -545,7 +615,15 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
         # -- evaluate ------------------------------------------------------------------- validation_step
         scans = run.val_scans[run.rank :: run.world]
         scans = tqdm(scans, "validation", unit=" scans", leave=False, disable=run.rank > 0 or None)
+        scans = takewhile(lambda _: not run.stop, scans)  # noqa: B023, used up in the next line
         rows = gather(evaluate(net, scans, run.recipe, run.precision, args.batch_size))
+
+        if asked_to_stop(run):  # in training or validation; what was trained is saved, validation is done anew
+            if run.rank == 0:
+                save("last.pt", epoch - 1, losses=losses, norms=norms, waited=waited, seconds=seconds)
+            if dist.is_initialized():
+                dist.barrier()  # torchrun ends all processes as soon as one has left
+            raise SystemExit(128 + run.stop)
 
         # -- log ------------------------------------------------------------------------ log_dict
         lr = optimizer.param_groups[0]["lr"]
@@ -555,13 +633,11 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
             continue
         write_log(args, run, log, rows, writer)
 
-        # -- save ----------------------------------------------------------------------- on_save_checkpoint
+        # -- save ----------------------------------------------------------------------- ModelCheckpoint
         improved = not best >= log[-1]["dice_mean"]  # nan, without validation, counts as better
         best = log[-1]["dice_mean"] if improved else best
-        checkpoint = checkpoint_of(args, run, epoch, best, log)
-        checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
-        for name in ("last.pt", "best.pt") if improved else ("last.pt",):               # ModelCheckpoint
-            data.write_atomically(run.out / name, partial(torch.save, checkpoint))
+        for name in ("best.pt", "last.pt") if improved else ("last.pt",):  # resume trusts last.pt, so it comes last
+            save(name, epoch)
 
     if writer:
         writer.close()                                                                  # teardown
@@ -612,6 +688,10 @@ def fit_lightning(args: argparse.Namespace, run: Run) -> tuple[list[float], list
         def optimizer_step(self, epoch, batch, optimizer, closure):
             self.lr = optimizer.param_groups[0]["lr"]
             super().optimizer_step(epoch, batch, optimizer, closure)
+
+        def on_train_batch_end(self, *_):
+            if run.stop:  # Lightning saves no part of an epoch here: the resumed run does all of it again
+                raise SystemExit(128 + run.stop)
 
         def on_validation_epoch_start(self):
             self.seconds = time.perf_counter() - self.begun
@@ -674,6 +754,7 @@ def train(args: argparse.Namespace) -> dict:
     """
     started = time.perf_counter()
     run = prepare(args)
+    before = {number: signal.signal(number, partial(note, run)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         losses, rows = {"loop": fit_loop, "lightning": fit_lightning}[args.engine](args, run)
         checkpoint = load_checkpoint(run.out / "last.pt") if run.rank == 0 else {"log": run.log, "best": math.nan}
@@ -682,6 +763,8 @@ def train(args: argparse.Namespace) -> dict:
             own = run.val_scans[run.rank :: run.world]
             rows = gather(evaluate(run.net, own, run.recipe, run.precision, args.batch_size))
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     result = {
@@ -726,25 +809,37 @@ def compare_engines(args: argparse.Namespace, argv: Sequence[str]) -> None:
     print(out / "engines.png")
 
 
+def resume_command(args: argparse.Namespace, argv: Sequence[str]) -> str:
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun; on several nodes it needs its other flags, too
+    command = ["torchrun", "--nproc-per-node", processes, "--"] if processes else ["python"]
+    added = [flag for flag in ("--out", args.out, "--resume") if flag not in argv]
+    return shlex.join([*command, *argv, *added])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    data.MAX_GB = args.max_gb
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         if args.engine == "both":
             compare_engines(args, sys.argv[1:] if argv is None else argv)
         else:
             train(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(error, file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print(f"out of GPU memory; lower --batch-size {args.batch_size} or --size", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with --out {args.out} --resume goes on from the last epoch that "
-              "was saved", file=sys.stderr)
-        return 130
+    except SystemExit as stop:
+        code = stop.code or 128 + signal.SIGTERM  # Lightning ends validation by itself, without a code
+        if int(os.environ.get("RANK", 0)) == 0:
+            command = resume_command(args, sys.argv if argv is None else ["train.py", *argv])
+            print(f"\nstopped by {signal.Signals(code - 128).name}; to go on: {command}", file=sys.stderr)
+        return code
     return 0
 
 

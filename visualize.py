@@ -30,7 +30,6 @@ import json
 import math
 import os
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -534,7 +533,7 @@ def write(path: str | Path, content: bytes) -> None:
     """Make the folder, write under a temporary name, rename: the file is there whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -579,8 +578,9 @@ def read(path: str | Path, axis: int = 2) -> tuple[np.ndarray, list[float], np.n
     try:
         nifti = nib.load(path)
         array = np.asanyarray(nifti.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        raise ValueError(f"{path}: {error}; expected a NIfTI file: check the path, or export it again") from None
+    except Exception as error:  # a damaged header makes nibabel raise anything
+        reason = str(error) or "more voxels than the memory holds"
+        raise ValueError(f"{path}: {reason}; expected a NIfTI file: check the path, or export it again") from None
     if array.ndim < 3 or array.shape[3:].count(1) < array.ndim - 3 or not array.size or array.dtype.kind not in "iuf":
         raise ValueError(f"{path}: is {array.dtype} {array.shape}; expected one volume of numbers on three axes")
     if not np.isfinite(nifti.affine).all() or np.linalg.matrix_rank(nifti.affine) < 4:
@@ -678,7 +678,7 @@ def fullest_slice(checkpoint: str, path: str) -> tuple:
     from predict import load_checkpoint, load_network, predict_volume
 
     saved = load_checkpoint(checkpoint)
-    net, recipe = load_network(saved), saved["preprocess"]
+    net, recipe = load_network(saved, path=checkpoint), saved["preprocess"]
     scan = read_scan(path, recipe["axis"])
     volume = preprocess(scan.array, scan.spacing, recipe)
     most = predict_volume(net, volume, size=recipe["size"]).sum(axis=(1, 2)).argmax()

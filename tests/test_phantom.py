@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -251,3 +252,10 @@ def test_command_line_refuses_a_file_in_the_way(tmp_path, capsys):
         assert stop.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_runs_at_once_make_one_data_set(tmp_path, dataset):
+    """Both used to write the same files in place, and the second fell over the index that the first had renamed."""
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: write_dataset(tmp_path / "out", scans=3, seed=5, size=0.5), range(3)))
+    assert contents(tmp_path / "out") == contents(dataset)

@@ -81,7 +81,7 @@ def test_two_epochs_and_two_more_equal_four_to_the_bit(run_args, tmp_path, monke
     def killed_in_the_third_epoch(*args):
         calls.append(args)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         return evaluate(*args)
 
     monkeypatch.setattr(train, "evaluate", killed_in_the_third_epoch)
