@@ -391,7 +391,7 @@ def write_atomically(path: Path, write: Callable) -> None:
 
 
 def remove_leftovers(folder: Path, seconds: float = 3600) -> None:
-    """Remove temporary files that killed processes left; no write takes an hour, a younger one may be a run's at work."""
+    """Remove temporary files that killed processes left: no write takes an hour, a younger one may be at work."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # two runs may clean up at once
             if time.time() - path.stat().st_mtime >= seconds:
@@ -531,13 +531,15 @@ def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tup
     if kind == "none":
         return image, mask
     augmenters = pipeline(kind)
+    from imgaug.augmentables.segmaps import SegmentationMapsOnImage
+
     # What `augmenters.seed_(entropy)` is for, which is slow: it makes a generator for each.
     augmenters.random_state.generator.bit_generator.state = np.random.SFC64(entropy).state
     # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share a warp.
-    stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask.astype(np.int32)))
+    stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask))
+    labels = SegmentationMapsOnImage(labels, labels.shape)
     (stack,), (labels,) = augmenters(images=[stack], segmentation_maps=[labels])
-    stack, labels = (np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels, mask)))
-    return stack, labels.astype(np.uint8)
+    return tuple(np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels.get_arr(), mask)))
 
 
 # ----------------------------------------------------------------------------------------------------------- data set
@@ -570,10 +572,15 @@ def layout(path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
     return array.dtype, array.shape, array.offset
 
 
-def open_array(path: Path) -> np.memmap:
-    """The array of a .npy file, on disk: a map for each sample, for one that stays would grow with what was read."""
-    dtype, shape, offset = layout(path)
-    return np.memmap(path, dtype, "r", offset, shape)
+def read_slices(path: Path, first: int, stop: int) -> np.ndarray:
+    """Slices `first` to `stop - 1`, as far as there are, of the array (D, H, W) in a .npy file.
+
+    Read, not mapped: to map and unmap a file for each sample takes longer than to read a slice.
+    """
+    dtype, (depth, *size), offset = layout(path)
+    first, voxels = max(first, 0), int(np.prod(size))
+    count = (min(stop, depth) - first) * voxels
+    return np.fromfile(path, dtype, count, offset=offset + first * voxels * dtype.itemsize).reshape(-1, *size)
 
 
 class SliceDataset(Dataset):
@@ -616,8 +623,9 @@ class SliceDataset(Dataset):
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image float32 and mask uint8 of a sample as they are in the cache."""
         i, d = self.table[index]
-        image, mask = (open_array(path) for path in (self.scans[i].image, self.scans[i].mask))
-        return with_neighbours(image, [d], self.neighbours)[0], mask[[d]]
+        scan, n = self.scans[i], self.neighbours
+        image = read_slices(scan.image, d - n, d + n + 1)
+        return with_neighbours(image, [min(d, n)], n)[0], read_slices(scan.mask, d, d + 1)
 
 
 class PatchDataset(SliceDataset):
@@ -640,7 +648,7 @@ class PatchDataset(SliceDataset):
 
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         scan = self.scans[self.table[index]]
-        image, mask = (open_array(path) for path in (scan.image, scan.mask))
+        image, mask = (np.load(path, mmap_mode="r") for path in (scan.image, scan.mask))
         room = np.maximum(np.subtract(mask.shape, self.size), 0)  # the last place where a patch can begin
         start = rng.integers(room + 1)
         if rng.random() < self.foreground and any(scan.foreground):

@@ -564,6 +564,8 @@ def plot(record: dict, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel=title, title=f"slope {line['median']:.2f}")
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
+        seconds = [n for n in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(map(min, every)) <= n <= max(map(max, every))]
+        axes.set_yticks(seconds, [f"{n:g}" for n in seconds])
     figure.axes[0].set_ylabel("seconds of an epoch")
     visualize.save(figure, path)
 
