@@ -31,7 +31,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
@@ -235,9 +235,41 @@ def panels(rows: Sequence[dict], which: str = "panel"):
     return visualize.compare(images, truths, probabilities, titles)
 
 
-def clip_gradient(net: nn.Module, limit: float) -> torch.Tensor:
-    """Scale the gradient down to a norm of `limit` (0: leave it), and return the norm that it had."""
-    return nn.utils.clip_grad_norm_(net.parameters(), limit or math.inf)
+def clip_gradient(net: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> torch.Tensor:
+    """Scale the gradient down to a norm of `limit` (0: leave it), and return the norm that it had.
+
+    Where that is not finite, the optimiser will not take the step.
+    """
+    norm = nn.utils.clip_grad_norm_(net.parameters(), limit or math.inf)
+    # As GradScaler says it to a fused optimiser: the kernel itself decides, the host does not wait for the GPU.
+    optimizer.found_inf = 1 - norm.isfinite().float()
+    return norm
+
+
+def statistics(net: nn.Module) -> torch.Tensor | None:
+    """What batch norm has gathered so far, all layers in one vector: a kernel, not one for each layer."""
+    gathered = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    return torch.cat(gathered) if gathered else None
+
+
+def keep_statistics(net: nn.Module, before: torch.Tensor | None, norm: torch.Tensor) -> None:
+    """Undo what batch norm has gathered from the batches of a step that was not taken; the host decides nothing.
+
+    A variance may overflow although the gradient is finite, since x / inf is 0: that is undone, too.
+    """
+    if before is not None:
+        now = statistics(net)
+        kept = torch.where(norm.isfinite() & now.isfinite(), now, before)
+        gathered = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+        torch._foreach_copy_(gathered, kept.split([len(buffer) for buffer in gathered]))
+
+
+def check_steps(args: argparse.Namespace, run: Run, epoch: int, norms: torch.Tensor) -> None:
+    """Raise DataError where ten steps in a row, of this epoch or begun in the one before, were not finite."""
+    run.norms = torch.cat([run.norms[-9:], norms.float()])
+    if (~run.norms.isfinite()).unfold(0, 10, 1).all(dim=1).any():
+        raise DataError(f"epoch {epoch + 1}: the gradient was not finite in ten steps in a row; lower --lr "
+                        f"{args.lr:g}, or use --precision fp32, or look for broken scans: python data.py {args.data}")
 
 
 def gather(rows: list[dict]) -> list[dict]:
@@ -394,6 +426,7 @@ class Run:
     loss_function: nn.Module
     stop: int = 0  # the signal that asked to stop
     stop_time: float = 0.0
+    norms: torch.Tensor = field(default_factory=lambda: torch.zeros(9))  # of the gradients of the last steps
 
     @property
     def first(self) -> int:
@@ -552,12 +585,10 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
     if run.world > 1:
         forward = nn.parallel.DistributedDataParallel(forward)                          # Trainer(strategy="ddp")
     autocast = partial(torch.autocast, device.type, run.precision, enabled=run.precision != torch.float32)
-    # Fused: a step is one kernel, which can leave the weights alone without the host waiting for the GPU to decide.
+    # Fused: a step is one kernel, which can also leave the weights alone: see clip_gradient.
     fused = device.type in ("cpu", "cuda")
     optimizer = make_optimizer(args, run, fused)                                        # configure_optimizers
-    # float16 needs the scale. The others keep a scale of 1, for the scaler's other service: it skips non-finite steps.
-    scaling = {} if run.precision == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
-    scaler = torch.amp.GradScaler(device.type, enabled=fused, **scaling)
+    scaler = torch.amp.GradScaler(device.type, enabled=fused and run.precision == torch.float16)
     best, history, rows = math.nan, [], []
     if run.saved:                                                                       # on_load_checkpoint
         net.load_state_dict(run.saved["model"])
@@ -591,6 +622,8 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
             waited += time.perf_counter() - ready
             image = image.to(device, memory_format=net.memory_format, non_blocking=True)
             mask = mask.to(device, non_blocking=True)                                   # transfer_batch_to_device
+            if i % args.accumulate == 0:
+                before = statistics(net)                                                # on_train_batch_start
             with autocast():                                                            # training_step
                 logits = forward(image)
             loss = run.loss_function(logits.float(), mask)  # in float32, outside autocast
@@ -603,14 +636,16 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
                 for group in optimizer.param_groups:                                    # lr_scheduler_step
                     group["lr"] = args.lr * lr_at(step, args.epochs * run.steps, args.schedule)
                 scaler.unscale_(optimizer)                                              # on_before_optimizer_step
-                norms.append(clip_gradient(net, args.clip))                             # configure_gradient_clipping
+                norms.append(clip_gradient(net, optimizer, args.clip))                  # configure_gradient_clipping
                 scaler.step(optimizer)                                                  # optimizer_step
                 scaler.update()
+                keep_statistics(net, before, norms[-1])
                 if asked_to_stop(run):                                                  # Trainer.should_stop
                     break
             ready = time.perf_counter()                                                 # on_train_batch_end
         losses, norms = torch.stack(losses).cpu(), torch.stack(norms).cpu()             # on_train_epoch_end
         seconds = time.perf_counter() - begun
+        check_steps(args, run, epoch, norms)
 
         # -- evaluate ------------------------------------------------------------------- validation_step
         scans = run.val_scans[run.rank :: run.world]
@@ -674,6 +709,10 @@ def fit_lightning(args: argparse.Namespace, run: Run) -> tuple[list[float], list
             run.train_set.set_epoch(self.current_epoch)  # the sampler's is set by Lightning
             self.losses, self.norms, self.rows, self.begun = [], [], [], time.perf_counter()
 
+        def on_train_batch_start(self, _, i):
+            if i % args.accumulate == 0:
+                self.before = statistics(run.net)
+
         def training_step(self, batch, _):
             image, mask = batch  # moved to the device by transfer_batch_to_device
             logits = self.forward_net(image.contiguous(memory_format=run.net.memory_format))
@@ -682,12 +721,13 @@ def fit_lightning(args: argparse.Namespace, run: Run) -> tuple[list[float], list
             self.losses.append(loss.detach())
             return loss
 
-        def configure_gradient_clipping(self, *_, **__):
-            self.norms.append(clip_gradient(run.net, args.clip))
+        def configure_gradient_clipping(self, optimizer, *_, **__):
+            self.norms.append(clip_gradient(run.net, optimizer, args.clip))
 
         def optimizer_step(self, epoch, batch, optimizer, closure):
             self.lr = optimizer.param_groups[0]["lr"]
             super().optimizer_step(epoch, batch, optimizer, closure)
+            keep_statistics(run.net, self.before, self.norms[-1])
 
         def on_train_batch_end(self, *_):
             if run.stop:  # Lightning saves no part of an epoch here: the resumed run does all of it again
@@ -701,6 +741,7 @@ def fit_lightning(args: argparse.Namespace, run: Run) -> tuple[list[float], list
 
         def on_train_epoch_end(self):
             losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
+            check_steps(args, run, self.current_epoch, norms)
             seconds, self.rows = getattr(self, "seconds", time.perf_counter() - self.begun), gather(self.rows)
             row = log_row(args, run, self.current_epoch, losses, norms, self.rows, self.lr, self.begun, seconds,
                           math.nan)

@@ -326,21 +326,23 @@ def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
 
 
 def features(net, image: np.ndarray) -> dict[str, np.ndarray]:
-    """What a 2D U-Net of unet.py makes of a slice: by name, feature maps (C, H, W), finest level 1, and `probability`.
+    """What a U-Net of unet.py makes of a slice: by name, feature maps (C, H, W), finest level 1, and `probability`.
 
     Args:
         net: the network; of attention gates, `gate 1` and so on are the weights (1, H, W) of the skips.
-        image: float32 (H, W), or (C, H, W) with its neighbours, preprocessed as for training.
+        image: float32 (H, W), or (C, H, W) with its neighbours, preprocessed as for training; for a 3D network a patch
+            (D, H, W), of which the middle slice is kept.
     """
     import torch  # Here, so that the other pictures work without it.
 
-    if net.dims != 2:
-        raise ValueError(f"the network has {net.dims} dimensions; layers draws those of a 2D one")
     net, seen = copy.deepcopy(net), {}  # a copy, so that the hooks go with it
+
+    def middle(maps):  # (C, H, W) of (C, D, H, W)
+        return maps if net.dims == 2 else maps[:, maps.shape[1] // 2]
 
     def watch(name, part):
         def keep(module, inputs, output):
-            output = output[0].float()
+            output = middle(output[0].float())
             seen[name] = (output.sigmoid() if name.startswith("gate") else output).cpu().numpy()
 
         part.register_forward_hook(keep)
@@ -349,14 +351,16 @@ def features(net, image: np.ndarray) -> dict[str, np.ndarray]:
     for name, parts in (("down", net.down), ("up", net.up[::-1]), ("gate", net.gates[::-1])):  # finest level first
         for level, part in enumerate(parts, start=1):
             watch(f"{name} {level}", part.weight if name == "gate" else part)  # of a gate, before its sigmoid
-    x = torch.from_numpy(image).reshape(1, -1, *image.shape[-2:])  # (1, C, H, W)
-    seen["probability"] = net.predict(x.to(next(net.parameters()).device))[0].cpu().numpy()
+    size = image.shape[-2:] if net.dims == 2 else image.shape
+    x = torch.from_numpy(image).reshape(1, net.in_channels, *size).to(next(net.parameters()).device)
+    seen["probability"] = middle(net.predict(x)[0]).cpu().numpy()
     return seen
 
 
 def layers(net, image: np.ndarray) -> Figure:
     """The `features` of a network laid out as the U: eight channels a level, attention gates on the skips."""
-    seen = {"slice": image.reshape(-1, *image.shape[-2:])[[net.in_channels // 2]], **features(net, image)}
+    stack = image.reshape(-1, *image.shape[-2:])  # of neighbours, of a patch, or of one
+    seen = {"slice": stack[[len(stack) // 2]], **features(net, image)}
     tile = 64, round(64 * image.shape[-2] / image.shape[-1])  # pixels (width, height) of a map
     levels = range(1, len(net.down) + 1)
     names = [["slice", "note", "probability"], *([f"down {n}", f"gate {n}", f"up {n}"] for n in levels)]
@@ -502,7 +506,7 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, seconds_per_frame: 
 
 
 def fullest_slice(checkpoint: str, path: str) -> tuple:
-    """The network of a checkpoint, and the slice of a scan in which it sees most, preprocessed: (C, H, W)."""
+    """The network of a checkpoint, and the slice (C, H, W) or patch (D, H, W) of a scan in which it sees most."""
     import data
     import predict
 
@@ -511,7 +515,9 @@ def fullest_slice(checkpoint: str, path: str) -> tuple:
     scan = data.read_scan(path, recipe["axis"])
     volume = data.preprocess(scan.array, scan.spacing, recipe)
     most = predict.predict_volume(net, volume, size=recipe["size"]).sum(axis=(1, 2)).argmax()
-    image = data.with_neighbours(volume, [most], net.in_channels // 2)[0]
+    # In 3D as many slices as a patch has, the fullest in the middle.
+    around = net.in_channels // 2 if net.dims == 2 else recipe["size"][0] // 2
+    image = data.with_neighbours(volume, [most], around)[0]
     return net, data.fit(image, np.maximum(volume.shape[1:], recipe["size"][-2:]))
 
 

@@ -441,9 +441,14 @@ def test_layers_show_the_slice_without_its_neighbours():
     np.testing.assert_array_equal(axes.images[0].get_array(), image[1])
 
 
-def test_layers_of_a_3d_network_are_refused():
-    with pytest.raises(ValueError, match="2D"):
-        visualize.layers(UNet(width=2, depth=1, dims=3), noise(8, 8))
+def test_layers_of_a_3d_network_are_those_of_the_middle_slice():
+    net, patch = UNet(width=2, depth=1, dims=3, attention=True).eval(), noise(6, 8, 12)
+    seen = visualize.features(net, patch)
+    shapes = {name: maps.shape for name, maps in seen.items()}
+    assert shapes["down 1"] == (2, 8, 12) and shapes["bottom"] == (4, 4, 6) and shapes["gate 1"] == (1, 8, 12)
+    whole = net.predict(torch.from_numpy(patch)[None, None])[0, 0].numpy()
+    assert np.allclose(seen["probability"][0], whole[3]) and not np.allclose(whole[3], whole[2])
+    visualize.layers(net, patch)
 
 
 def test_layers_command_shows_the_slice_in_which_the_network_sees_most(files, tmp_path, monkeypatch):
