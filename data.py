@@ -391,7 +391,7 @@ def write_atomically(path: Path, write: Callable) -> None:
 
 
 def remove_leftovers(folder: Path, seconds: float = 3600) -> None:
-    """Remove temporary files that killed processes left; no write takes an hour, a younger one may be a run's at work."""
+    """Remove temporary files that killed processes left: no write takes an hour, a younger one may be at work."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # two runs may clean up at once
             if time.time() - path.stat().st_mtime >= seconds:

@@ -1,6 +1,8 @@
 """Runs that are ended from outside, and disks that are full: nothing is lost, and resume goes on to the bit."""
 
 import csv
+import functools
+import importlib.util
 import io
 import itertools
 import multiprocessing
@@ -9,9 +11,11 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
-import time
+import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -24,9 +28,9 @@ import train
 ROOT = Path(train.__file__).parent
 # A server that has imported train.py and forks: a process starts in milliseconds, and without this one's threads.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["train"])
+server.set_forkserver_preload(["train", "lightning", "torch._dynamo"])
 TIMES = {"seconds", "validation_seconds", "slices_per_second", "waiting", "peak_memory_gb"}
-TINY = ["--epochs", "4", "--limit-batches", "4", "--augment", "seed"]
+TINY = ["--epochs", "3", "--limit-batches", "4", "--augment", "none"]
 
 
 def same_end(one, other):
@@ -39,76 +43,94 @@ def same_end(one, other):
         assert a["epoch"] == b["epoch"] and a["step"] == b["step"] and torch.equal(a["rng"], b["rng"])
     logs = [list(csv.DictReader((run / "log.csv").read_text().splitlines())) for run in (one, other)]
     kept = [[{key: value for key, value in row.items() if key not in TIMES} for row in log] for log in logs]
-    assert kept[0] == kept[1] and len(kept[0]) == 4
+    assert kept[0] == kept[1] and len(kept[0]) == 3
     return True
 
 
-def alone(run_args, tmp_path, changes=()):
-    """The run that nobody disturbs, in this process."""
-    assert train.main([*run_args, *TINY, *changes, "--out", str(tmp_path / "alone")]) == 0
-    return tmp_path / "alone"
+def redirect(stream, path):
+    """What this process and its children write to stdout (1) or stderr (2) goes into a file."""
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
 
 
-# --------------------------------------------------------------------------------------------------------------- SIGKILL
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function that gives the folder of a run that nobody disturbs."""
+    made = {}
+
+    def run(run_args, *changes):
+        if changes not in made:
+            made[changes] = tmp_path_factory.mktemp("alone") / "run"
+            assert train.main([*run_args, *TINY, *changes, "--out", str(made[changes])]) == 0
+        return made[changes]
+
+    return run
 
 
-def life(arguments, fatal_write):
-    """A run in a process of its own that dies, if it lives that long, in the middle of its n-th file."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    count, write_atomically = itertools.count(), data.write_atomically
+# -------------------------------------------------------------------------------------------------------------- SIGKILL
 
-    def write(path, fill):
+
+def life(arguments, fatal, delay):
+    """A run that dies at its n-th event: half-way through a file, else some time after a scan, a step, a validation."""
+    redirect(1, os.devnull)
+    redirect(2, os.devnull)
+    count = itertools.count()
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def deadly(function, *args, **kwargs):
+        if next(count) == fatal:
+            threading.Timer(delay, die).start()
+        return function(*args, **kwargs)
+
+    def write(write_atomically, path, fill):
         def half(file):
-            whole = io.BytesIO()
-            fill(whole)
+            fill(whole := io.BytesIO())
             file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
             file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
-        write_atomically(path, half if next(count) == fatal_write else fill)
+        write_atomically(path, half if next(count) == fatal else fill)
 
-    data.write_atomically = write
+    data.write_atomically = functools.partial(write, data.write_atomically)
+    data.cache_scan = functools.partial(deadly, data.cache_scan)
+    for name in ("clip_gradient", "evaluate", "log_row"):
+        setattr(train, name, functools.partial(deadly, getattr(train, name)))
     sys.exit(train.main(arguments))
 
 
-def test_killed_at_twenty_moments_a_run_ends_as_if_left_alone(run_args, tmp_path):
-    """SIGKILL at seeded moments, half of them in the middle of a file: of the cache, a log, a checkpoint.
+def test_killed_at_twenty_moments_a_run_ends_as_if_left_alone(run_args, tmp_path, alone):
+    """SIGKILL at seeded moments, about half of them in the middle of a file: of the cache, a log, a checkpoint.
 
-    A run that reaches its end is compared, and the next kills are of a new one, with a cold cache.
+    A run that comes to its end is compared, and the next kills are of a new one, with a cold cache.
     """
-    undisturbed, rng, kills, runs = alone(run_args, tmp_path), random.Random(0), [], 0
-    while len(kills) < 20 or runs < 1:
+    undisturbed, rng, kills, runs = alone(run_args), random.Random(0), [], 0
+    while len(kills) < 20 or kills[-1][0] == runs:  # the last run, too, is taken to its end
         out = tmp_path / f"killed{runs}"
         arguments = [*run_args, *TINY, "--out", str(out), "--cache", str(out / "cache"), "--resume"]
-        # The cache makes about 20 files in the first life, an epoch 3 or 4.
-        seconds, fatal = (rng.uniform(0.05, 1), -1) if rng.random() < 0.5 else (60, rng.randrange(24))
-        if len(kills) >= 20:
-            seconds, fatal = 60, -1
-        process = server.Process(target=life, args=(arguments, fatal))
+        fatal = rng.randrange(45) if len(kills) < 20 else -1  # a run on a cold cache has about 50 events
+        process = server.Process(target=life, args=(arguments, fatal, rng.uniform(0, 0.05)))
         process.start()
-        process.join(seconds)
-        process.kill()
-        process.join()
+        process.join(60)
         if process.exitcode == 0:
             assert same_end(undisturbed, out) and not list(out.glob(".*.tmp"))
             runs += 1
         else:
             assert process.exitcode == -signal.SIGKILL
-            epoch = predict.load_checkpoint(out / "last.pt")["epoch"] if (out / "last.pt").exists() else None
-            kills.append((f"file {fatal}" if fatal >= 0 else f"{seconds:.2f} s", f"epoch {epoch}"))
-    print(f"{len(kills)} kills, {runs} runs to the end:", *kills, sep="\n")
-    assert len(kills) >= 20
+            last = out / "last.pt"
+            kills.append((runs, fatal, predict.load_checkpoint(last)["epoch"] if last.exists() else None))
+    print(f"{len(kills)} kills (run, event, epoch in last.pt), {runs} runs to the end: {kills}")
 
 
-# ----------------------------------------------------------------------------------------------------- SIGTERM and SIGINT
+# --------------------------------------------------------------------------------------------------- SIGTERM and SIGINT
 
 
 def signalled(arguments, number, moment, stderr, env=()):
     """A run that signals itself, and its workers with it, at a moment: (function of train.py or data.py, n-th call)."""
     os.environ.update(env)
     os.setpgrp()  # so that the signal reaches the workers, too, as Ctrl-C in a terminal does
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(stderr, "w")
-    os.dup2(sys.stderr.fileno(), 2)  # of the workers
+    redirect(1, os.devnull)
+    redirect(2, stderr)
     name, fatal = moment
     module = data if hasattr(data, name) else train
     function, count = getattr(module, name), itertools.count()
@@ -144,7 +166,7 @@ def resume_as_told(told):
     ("number", "moment", "changes", "saved"),  # saved: steps of the optimiser, batches of the epoch
     [
         (signal.SIGTERM, ("clip_gradient", 0), [], (1, 1)),  # in the very first step
-        (signal.SIGINT, ("clip_gradient", 5), ["--workers", "2"], (6, 2)),
+        (signal.SIGINT, ("clip_gradient", 5), ["--workers", "2", "--augment", "seed"], (6, 2)),
         (signal.SIGTERM, ("clip_gradient", 4), ["--workers", "2", "--accumulate", "2"], (5, 2)),
         (signal.SIGINT, ("clip_gradient", 7), [], (8, 4)),  # in the last step of an epoch
         (signal.SIGTERM, ("evaluate", 1), ["--workers", "1"], (8, 4)),  # in validation
@@ -153,13 +175,91 @@ def resume_as_told(told):
     ],
 )
 def test_a_signal_stops_the_run_after_its_step_and_resume_ends_as_if_left_alone(
-    run_args, tmp_path, number, moment, changes, saved
+    run_args, tmp_path, alone, number, moment, changes, saved
 ):
     """Exit code 143 or 130, one line on stderr with the command that goes on, no word from the workers."""
     told, last = tmp_path / "stderr", tmp_path / "run" / "last.pt"
     arguments = [*run_args, *TINY, *changes, "--cache", str(tmp_path / "cold")]
     assert run_signalled(arguments, number, moment, told) == 128 + number
-    checkpoint = predict.load_checkpoint(last) if saved else None
-    assert saved == (checkpoint and (checkpoint["step"], len(checkpoint["part"]["losses"]))) and last.exists() == bool(saved)
+    assert last.exists() == bool(saved)
+    if saved:
+        checkpoint = predict.load_checkpoint(last)
+        assert (checkpoint["step"], len(checkpoint["part"]["losses"])) == saved
     assert resume_as_told(told.read_text()) == number.name
-    assert same_end(alone(run_args, tmp_path, changes), tmp_path / "run")
+    assert same_end(alone(run_args, *changes[2:]), tmp_path / "run")  # the number of workers changes nothing
+
+
+def test_processes_stop_after_the_same_step_whichever_got_the_signal(run_args, tmp_path):
+    """One that went on alone would wait for the others for ever."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+    def run(out, moment, *changes):
+        arguments = [*run_args, *TINY, "--norm", "instance", "--out", str(tmp_path / out), *changes]
+        ranks = [server.Process(target=signalled, args=(
+            arguments, signal.SIGTERM, moment if rank == 1 else ("evaluate", -1), tmp_path / f"stderr{rank}",
+            cluster | {"RANK": str(rank), "LOCAL_RANK": str(rank)})) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(120)
+        return [rank.exitcode for rank in ranks]
+
+    assert run("whole", ("evaluate", -1)) == [0, 0]
+    assert run("parts", ("clip_gradient", 5)) == [143, 143]
+    assert predict.load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 6
+    told = [(tmp_path / f"stderr{rank}").read_text() for rank in range(2)]
+    assert "to go on: torchrun --nproc-per-node 2 -- train.py" in told[0] and "stopped" not in told[1]
+    assert run("parts", ("evaluate", 1), "--resume") == [143, 143]  # in validation
+    assert predict.load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 12
+    assert run("parts", ("evaluate", -1), "--resume") == [0, 0]
+    assert same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("lightning"), reason="pip install -r requirements-dev.txt")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("number", "moment"), [(signal.SIGINT, ("clip_gradient", 5)), (signal.SIGTERM, ("evaluate", 2))]
+)
+def test_lightning_stops_and_goes_on_from_its_last_epoch(run_args, tmp_path, number, moment):
+    arguments = [*run_args, *TINY, "--engine", "lightning", "--workers", "1"]
+    assert run_signalled(arguments, number, moment, tmp_path / "stderr") == 128 + number
+    assert predict.load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 0
+    told = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert told.startswith(f"stopped by {number.name}; to go on: python train.py")
+    assert train.main([*arguments, "--resume"]) == 0
+    assert train.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    ends = [predict.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("run", "whole")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    """But not within a second of the first: `timeout`, for one, signals the process and then its whole group."""
+    codes, run = [], types.SimpleNamespace(stop=0, stop_time=0.0)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    train.note(run, signal.SIGTERM)
+    train.note(run, signal.SIGTERM)
+    assert run.stop == signal.SIGTERM and codes == []
+    run.stop_time -= 2
+    train.note(run, signal.SIGINT)
+    assert codes == [130] and run.stop == signal.SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_real_command_stops_at_ctrl_c(run_args, tmp_path, processes):
+    """As a terminal does it: the signal goes to the whole process group, workers and launcher too."""
+    arguments = [*run_args, *TINY, "--epochs", "100", "--workers", "2", "--norm", "instance"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"] if processes > 1 else []
+    job = subprocess.Popen([sys.executable, *torchrun, str(ROOT / "train.py"), *arguments], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    for line in job.stdout:
+        if line.startswith("epoch   2"):
+            os.killpg(job.pid, signal.SIGINT)
+            break
+    told = job.communicate(timeout=60)[1]
+    assert "stopped by SIGINT; to go on: " in told
+    assert processes > 1 or job.returncode == 130 and "Traceback" not in told  # torchrun's code and words are its own
+    assert predict.load_checkpoint(tmp_path / "run" / "last.pt")["part"]
