@@ -29,6 +29,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -538,6 +539,10 @@ def write(path: str | Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        told = f"{error.strerror}; {len(content):,} bytes to write, {free:,} free"
+        raise OSError(error.errno, told, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
