@@ -20,9 +20,11 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -378,7 +380,11 @@ def identity(path: Path) -> list:
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Let `write(file)` fill a temporary file beside `path`, then rename it: readers see all of it or nothing."""
+    """Let `write(file)` fill a temporary file beside `path`, then rename it: readers see all of it or nothing.
+
+    Raises:
+        OSError: of the file system, naming `path`, the bytes to write and those that are free.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, since two containers that share a cache may both be process 7; short, since names end at 255 bytes.
     temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
@@ -386,6 +392,14 @@ def write_atomically(path: Path, write: Callable) -> None:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it in a RuntimeError
+        if not isinstance(cause, OSError):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        write(whole := io.BytesIO())  # to count
+        told = f"{cause.strerror}; {len(whole.getbuffer()):,} bytes to write, {free:,} free"
+        raise OSError(cause.errno, told, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

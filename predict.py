@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
+import io
 import itertools
 import math
 import os
@@ -200,6 +202,7 @@ def write_like(path: Path, array: np.ndarray, scan: Scan) -> None:
     image.set_data_dtype(array.dtype)
     image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's display window would hide a mask of 0 and 1
+<<<<<<< HEAD
     path.parent.mkdir(parents=True, exist_ok=True)
     # Short, since names end at 255 bytes; nibabel needs to see the .nii or .nii.gz.
     temporary = path.with_name(f".{os.getpid()}.nii{'.gz' * (path.suffix == '.gz')}")
@@ -208,6 +211,12 @@ def write_like(path: Path, array: np.ndarray, scan: Scan) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+=======
+    content = image.to_bytes()
+    if path.suffix == ".gz":
+        content = gzip.compress(content, 1, mtime=0)  # as nibabel does: fast, and the same bytes for the same mask
+    write_atomically(path, lambda file: file.write(content))
+>>>>>>> 6ee0672121bc3511680efb130fad9eb00d57339b
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -347,10 +356,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(rows)} masks in {args.out}")
     if args.labels:
         path = Path(args.out) / "scores.csv"
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
         print(f"{path}\n\n{table(rows)}\n{summarise(rows)}")
     return 0
 

@@ -28,6 +28,7 @@ import copy
 import csv
 import json
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -478,8 +479,26 @@ def write(path: str | Path, put: Callable[[Path], object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+<<<<<<< HEAD
     put(temporary)
     temporary.replace(path)
+=======
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        told = f"{error.strerror}; {len(content):,} bytes to write, {free:,} free"
+        raise OSError(error.errno, told, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+>>>>>>> 6ee0672121bc3511680efb130fad9eb00d57339b
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -245,6 +246,47 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     run.stop_time -= 2
     train.note(run, signal.SIGINT)
     assert codes == [130] and run.stop == signal.SIGTERM
+
+
+def worker(ready):
+    train.outlive_signals(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_workers_outlive_the_signals_that_the_main_process_answers(run_args):
+    ready = server.Event()
+    process = server.Process(target=worker, args=(ready,))
+    process.start()
+    assert ready.wait(60)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process.pid, number)
+    process.join(0.3)
+    assert process.is_alive()
+    process.kill()
+    assert train.prepare(train.parse_args([*run_args, "--workers", "1"])).loader.worker_init_fn is train.outlive_signals
+
+
+def test_last_is_saved_after_best(run_args, monkeypatch):
+    """A run killed between the two resumes from the former last.pt, and saves both anew."""
+    names, write_atomically = [], data.write_atomically
+
+    def write(path, fill):
+        names.append(path.name)
+        write_atomically(path, fill)
+
+    monkeypatch.setattr(data, "write_atomically", write)
+    assert train.main([*run_args, *TINY]) == 0
+    assert names.index("best.pt") < names.index("last.pt")
+
+
+def test_leftovers_of_the_killed_are_removed_and_those_of_the_living_are_not(tmp_path):
+    for name, age in (("old", 3700), ("young", 10)):
+        (tmp_path / f".{name}.tmp").touch()
+        os.utime(tmp_path / f".{name}.tmp", (time.time() - age,) * 2)
+    (tmp_path / "scan.npy").touch()
+    data.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".young.tmp", "scan.npy"]
 
 
 @pytest.mark.slow
