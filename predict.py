@@ -17,13 +17,11 @@ import gzip
 import io
 import itertools
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
@@ -44,6 +42,7 @@ from data import (
     read_scan,
     undo_preprocess,
     with_neighbours,
+    write_atomically,
 )
 from metrics import score
 from unet import UNet
@@ -202,21 +201,10 @@ def write_like(path: Path, array: np.ndarray, scan: Scan) -> None:
     image.set_data_dtype(array.dtype)
     image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's display window would hide a mask of 0 and 1
-<<<<<<< HEAD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Short, since names end at 255 bytes; nibabel needs to see the .nii or .nii.gz.
-    temporary = path.with_name(f".{os.getpid()}.nii{'.gz' * (path.suffix == '.gz')}")
-    try:
-        nib.save(image, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-=======
     content = image.to_bytes()
     if path.suffix == ".gz":
         content = gzip.compress(content, 1, mtime=0)  # as nibabel does: fast, and the same bytes for the same mask
     write_atomically(path, lambda file: file.write(content))
->>>>>>> 6ee0672121bc3511680efb130fad9eb00d57339b
 
 
 # --------------------------------------------------------------------------------------------------------- the command

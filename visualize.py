@@ -26,6 +26,7 @@ import argparse
 import base64
 import copy
 import csv
+import io
 import json
 import os
 import shutil
@@ -474,31 +475,21 @@ def rgb(figure: Figure) -> np.ndarray:
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def write(path: str | Path, put: Callable[[Path], object]) -> None:
-    """Make the folder, `put` the file there under another name, rename: it is there whole or not at all."""
-    path = Path(path)
+def write(path: str | Path, put: Callable[[io.BytesIO], object]) -> None:
+    """Make the folder, write what `put` makes under another name, rename: the file is there whole or not at all."""
+    path, content = Path(path), io.BytesIO()
+    put(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-<<<<<<< HEAD
-    put(temporary)
-    temporary.replace(path)
-=======
     try:
-        temporary.write_bytes(content)
+        temporary.write_bytes(content.getbuffer())
         temporary.replace(path)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        told = f"{error.strerror}; {len(content):,} bytes to write, {free:,} free"
+        told = f"{error.strerror}; {len(content.getbuffer()):,} bytes to write, {free:,} free"
         raise OSError(error.errno, told, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    content = io.BytesIO()
-    image.save(content, kind, **options)
-    return content.getvalue()
->>>>>>> 6ee0672121bc3511680efb130fad9eb00d57339b
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -592,7 +583,7 @@ def draw(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.command} draws a mask; give one after the scan")
     if ending == ".html":
         page = player(scan, masks, spacing, args.axis)
-        write(args.out, lambda file: file.write_text(page, encoding="utf-8"))
+        write(args.out, lambda file: file.write(page.encode()))
     elif ending == ".gif":
         save_gif(movie(scan, masks, spacing), args.out)
     elif args.command == "surface":
