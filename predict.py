@@ -338,17 +338,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.batch_size < 1:
             raise DataError(f"--batch-size {args.batch_size}: expected at least 1")
         rows = predict(args)
+        if args.labels:
+            path, text = Path(args.out) / "scores.csv", io.StringIO()
+            writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(path, lambda file: file.write(text.getvalue().encode()))
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{len(rows)} masks in {args.out}")
     if args.labels:
-        path = Path(args.out) / "scores.csv"
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
         print(f"{path}\n\n{table(rows)}\n{summarise(rows)}")
     return 0
 
