@@ -308,14 +308,16 @@ def test_save_leaves_the_old_picture_when_it_fails(tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.array(image), visualize.rgb(figure))
     before = path.read_bytes()
 
-    def full(self, path, *args, **options):
-        path.write_bytes(b"PNG")
-        raise OSError("no space left on device")
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:9])
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device; [\d,]+ bytes to write, [\d,]+ free: .*x.png"):
         visualize.save(visualize.curves([{"epoch": 0.0, "train_loss": 1.0}]), path)
-    assert path.read_bytes() == before
+    monkeypatch.undo()
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["x.png"]
 
 
 # -------------------------------------------------------------------------------------------------------------- player
