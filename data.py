@@ -22,12 +22,12 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +46,12 @@ from tqdm import tqdm
 # Directions of the array's axes for each slice axis, so that every slice is upright: sagittal, coronal, axial.
 PLANES = ("LIP", "PIL", "SPL")
 CACHE_VERSION = 1  # Part of every cache key: raise it when `preprocess` changes.
+# The most memory that one scan may ask for, in GB; the commands' --max-gb sets it. Half of the machine's, since a scan
+# that is normalised or predicted is there about twice.
+try:
+    MAX_GB = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
+except (AttributeError, ValueError, OSError):  # Windows
+    MAX_GB = 8.0
 
 
 class DataError(ValueError):
@@ -102,7 +108,9 @@ def find_pairs(root: str | Path, labels: bool = True) -> list[Pair]:
     """Scans of a folder, sorted by name, with their label files; or, with `labels=False`, scans to predict.
 
     Scans to predict are those of `imagesTs/`, `images/`, `imagesTr/` or the folder itself, the first that exists.
-    Names decide, so `dataset.json` is not needed, nor can its entries lead out of the folder.
+    Names decide, so `dataset.json` is not needed, nor can its entries lead out of the folder. Links are followed
+    wherever they lead: data sets made of links (datalad, a cluster's storage) are common, a link opens no file that its
+    reader may not open anyway, and what it leads to is read as a NIfTI file or refused.
 
     Raises:
         DataError: no folder, no scans, a scan without label, a label without scan, two files of one name.
@@ -134,6 +142,8 @@ def split_scans(names: Sequence[str], folds: int, fold: int | str) -> dict[str, 
         raise DataError(f"two scans have the same name: {next(n for n in names if names.count(n) > 1)}")
     if fold == "all":
         return {"train": names, "val": []}
+    if len(names) < 2:
+        raise DataError(f"{len(names)} scan: it cannot be split; add scans, or train without validation by --fold all")
     if not 2 <= folds <= len(names):
         raise DataError(f"--folds {folds}: expected 2 to {len(names)}, the number of scans (or --fold all)")
     if not 0 <= int(fold) < folds:
@@ -159,23 +169,52 @@ class Scan:
         return apply_orientation(array, self.to_file).reshape(self.source.shape)
 
 
+def check_memory(shape: Sequence[int], what: str) -> None:
+    """Refuse an array that this machine could not hold before anything is allocated: a header may claim any size."""
+    gigabytes = 16 * math.prod(shape) / 1e9  # a voxel: as stored, as float64 where nibabel scales it, as float32
+    if gigabytes > MAX_GB:
+        raise DataError(f"{what}: {' x '.join(map(str, shape))} voxels take {gigabytes:.3g} GB, more than --max-gb "
+                        f"{MAX_GB:.3g}; correct the header, or raise --max-gb if it is right")
+
+
+def check_offset(path: str | Path) -> None:
+    """Refuse a header whose voxels begin past 16 MB: nibabel would unpack all that lies before them into memory."""
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        head = file.read(540)
+    for kind, length in ((nib.Nifti1Header, 348), (nib.Nifti2Header, 540)):
+        if kind.may_contain_header(head):
+            offset = float(kind(head[:length], check=False)["vox_offset"])
+            if not offset <= 2**24:
+                raise ValueError(f"its voxels begin at byte {offset:g}")
+
+
 def open_nifti(path: str | Path) -> nib.Nifti1Image:
     """Header of a NIfTI file that holds one real volume; the voxels stay on disk."""
+    if not Path(path).is_file():  # a folder, a pipe that nobody fills, a link to nothing
+        raise DataError(f"{path}: no such file; if it is a link, fetch what it leads to (`datalad get`), or remove it")
     try:
+        check_offset(path)
         image = nib.load(path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        raise DataError(f"{path}: not a readable NIfTI file ({error}); export it again") from None
+    except Exception as error:  # a damaged header makes nibabel raise anything, from its own errors to OverflowError
+        raise DataError(f"{path}: not a readable NIfTI file ({first_line(error)}); export it again") from None
     if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
         raise DataError(f"{path}: is {type(image).__name__}; expected NIfTI (.nii or .nii.gz)")
     if len(image.shape) < 3 or any(n != 1 for n in image.shape[3:]) or min(image.shape) < 1:
         raise DataError(f"{path}: shape is {image.shape}; expected one volume of three axes")
     if image.get_data_dtype().kind not in "iuf":
         raise DataError(f"{path}: voxels are {image.get_data_dtype()}; expected integers or floats")
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-        raise DataError(f"{path}: the affine is singular; set a valid sform or qform")
+    with np.errstate(all="ignore"):  # of nonsense the answer is nan, which passes no comparison
+        steps = nib.affines.voxel_sizes(image.affine)  # along the file's axes, which may not lie in one plane
+        placed = np.isfinite(image.affine).all() and ((steps > 1e-6) & (steps < 1e6)).all()
+        if not placed or not abs(np.linalg.det(image.affine[:3, :3] / steps)) > 1e-3:
+            raise DataError(f"{path}: the affine is singular (spacing {listed(steps)} mm); set the sform or qform")
+    check_memory(image.shape[:3], str(path))
     return image
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def read_scan(path: str | Path, axis: int = 2) -> Scan:
@@ -194,8 +233,9 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
     image = open_nifti(path)
     try:
         array = np.asanyarray(image.dataobj).reshape(image.shape[:3])
-    except (OSError, EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: the voxels cannot be read ({error}); the file is damaged, copy it again") from None
+    except Exception as error:  # as above
+        reason = first_line(error)
+        raise DataError(f"{path}: the voxels cannot be read ({reason}); the file is damaged, copy it again") from None
     stored, upright = io_orientation(image.affine), axcodes2ornt(PLANES[axis])
     array = np.ascontiguousarray(apply_orientation(array, ornt_transform(stored, upright)), dtype=np.float32)
     finite = np.isfinite(array)
@@ -277,12 +317,14 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], recipe: dict) -> np.
         float16 scan (half the memory; its steps are 1/1000 of a deviation, far below MRI noise) or uint8 mask.
 
     Raises:
-        DataError: a constant scan, or one not larger than the crop.
+        DataError: a constant scan, one not larger than the crop, or one whose spacing would blow it up.
     """
     factors = [have / (want or have) for have, want in zip(spacing, recipe["spacing"], strict=True)]
     # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales anyway.
     if any(abs(factor - 1) > 0.15 for factor in factors):
-        array = resize(array, [max(round(n * factor), 1) for n, factor in zip(array.shape, factors, strict=True)])
+        shape = [max(round(n * factor), 1) for n, factor in zip(array.shape, factors, strict=True)]
+        check_memory(shape, f"spacing {' x '.join(f'{step:g}' for step in spacing)} mm, resampled")
+        array = resize(array, shape)
     crop = recipe["crop"]
     if crop:
         if min(array.shape[1:]) <= 2 * crop:
@@ -327,31 +369,38 @@ class CachedScan:
 
 
 def identity(path: Path) -> list:
-    """What tells a file from a later one of the same name: name, bytes, time of the last change in ns."""
+    """What tells a file from any other and from a later one of its name: path, bytes, times of the last change in ns.
+
+    Programs that copy or unpack set the first time to what they like; the second is the system's own.
+    """
+    if not path.exists():  # a link to nothing: whoever reads it says so
+        return [str(path)]
     status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
+    return [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def write_atomically(path: Path, write: Callable) -> None:
     """Let `write(file)` fill a temporary file beside `path`, then rename it: readers see all of it or nothing.
 
     Raises:
-        OSError: of the file system, naming `path`, the bytes to write and those that are free.
+        DataError: the file system says no; with the bytes to write and those that are free.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random, since two containers that share a cache may both be process 7; short, since names end at 255 bytes.
+    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the file raises
         if not isinstance(cause, OSError):
             raise
         free = shutil.disk_usage(path.parent).free
         write(whole := io.BytesIO())  # to count
-        told = f"{cause.strerror}; {len(whole.getbuffer()):,} bytes to write, {free:,} free"
-        raise OSError(cause.errno, told, str(path)) from None
+        raise DataError(
+            f"{path}: {cause.strerror or cause}; {len(whole.getbuffer()):,} bytes to write, {free:,} bytes free"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -400,7 +449,7 @@ def cache_scan(pair: Pair, recipe: dict, folder: Path) -> CachedScan:
     the arrays open, the entry is sound; anything else is made anew.
     """
     key = hashlib.sha256(json.dumps([CACHE_VERSION, identity(pair.image), identity(pair.label), recipe]).encode())
-    stem = folder / f"{pair.name[:80]}-{key.hexdigest()[:16]}"
+    stem = folder / f"{pair.name[:50]}-{key.hexdigest()[:16]}"  # of up to 4 bytes a letter: names end at 255
     paths = {kind: stem.with_name(f"{stem.name}.{kind}.npy") for kind in ("image", "mask", "truth")}
     index = stem.with_name(f"{stem.name}.json")
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
@@ -474,6 +523,8 @@ def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.nda
 def pipeline(kind: str):
     """The imgaug augmenters, built once in each process: imgaug's objects cannot be unpickled in a spawned worker."""
     iaa = import_imgaug()
+    from imgaug.random import RNG
+
     steps = [
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45)),
         iaa.ElasticTransformation(alpha=(0.0, 40.0), sigma=(4.0, 8.0)),  # displacement and smoothness in pixels
@@ -485,20 +536,25 @@ def pipeline(kind: str):
             iaa.Sometimes(0.25, iaa.AdditiveGaussianNoise(scale=(0, 0.2), per_channel=True)),
             iaa.Sometimes(0.25, iaa.GaussianBlur(sigma=(0.0, 1.0))),
         ]
-    return iaa.Sequential(steps)
+    augmenters, generator = iaa.Sequential(steps), RNG(0)
+    for augmenter in (augmenters, *augmenters.get_all_children(flat=True)):
+        augmenter.random_state = generator  # one for all, so that one state seeds them all
+    return augmenters
 
 
 def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tuple[np.ndarray, np.ndarray]:
     if kind == "none":
         return image, mask
-    # Seeding the augmenters themselves: `imgaug.seed()` sets a global generator that spawned workers do not share.
     augmenters = pipeline(kind)
-    augmenters.seed_(entropy)
+    from imgaug.augmentables.segmaps import SegmentationMapsOnImage
+
+    # What `augmenters.seed_(entropy)` is for, which is slow: it makes a generator for each.
+    augmenters.random_state.generator.bit_generator.state = np.random.SFC64(entropy).state
     # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share a warp.
-    stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask.astype(np.int32)))
+    stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask))
+    labels = SegmentationMapsOnImage(labels, labels.shape)
     (stack,), (labels,) = augmenters(images=[stack], segmentation_maps=[labels])
-    stack, labels = (np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels, mask)))
-    return stack, labels.astype(np.uint8)
+    return tuple(np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels.get_arr(), mask)))
 
 
 # ----------------------------------------------------------------------------------------------------------- data set
@@ -510,6 +566,8 @@ def fit(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
     surplus = [max(n - want, 0) for n, want in zip(array.shape[-last:], size, strict=True)]
     array = array[(..., *(slice(n // 2, n // 2 + want) for n, want in zip(surplus, size, strict=True)))]
     missing = [want - n for n, want in zip(array.shape[-last:], size, strict=True)]
+    if not any(missing):
+        return array  # np.pad copies, and takes longer than to read a slice
     return np.pad(array, [(0, 0)] * (array.ndim - last) + [(n // 2, n - n // 2) for n in missing])
 
 
@@ -520,6 +578,24 @@ def with_neighbours(volume: np.ndarray, slices: Sequence[int], count: int) -> np
     """
     around = np.asarray(slices)[:, None] + np.arange(-count, count + 1)
     return volume[around.clip(0, len(volume) - 1)].astype(np.float32)
+
+
+@cache
+def layout(path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
+    """dtype, shape and first byte of the array in a .npy file: each process parses a header once, which is slow."""
+    array = np.load(path, mmap_mode="r")
+    return array.dtype, array.shape, array.offset
+
+
+def read_slices(path: Path, first: int, stop: int) -> np.ndarray:
+    """Slices `first` to `stop - 1`, as far as there are, of the array (D, H, W) in a .npy file.
+
+    Read, not mapped: to map and unmap a file for each sample takes longer than to read a slice.
+    """
+    dtype, (depth, *size), offset = layout(path)
+    first, voxels = max(first, 0), int(np.prod(size))
+    count = (min(stop, depth) - first) * voxels
+    return np.fromfile(path, dtype, count, offset=offset + first * voxels * dtype.itemsize).reshape(-1, *size)
 
 
 class SliceDataset(Dataset):
@@ -562,8 +638,9 @@ class SliceDataset(Dataset):
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image float32 and mask uint8 of a sample as they are in the cache."""
         i, d = self.table[index]
-        image, mask = (np.load(path, mmap_mode="r") for path in (self.scans[i].image, self.scans[i].mask))
-        return with_neighbours(image, [d], self.neighbours)[0], mask[[d]]
+        scan, n = self.scans[i], self.neighbours
+        image = read_slices(scan.image, d - n, d + n + 1)
+        return with_neighbours(image, [min(d, n)], n)[0], read_slices(scan.mask, d, d + 1)
 
 
 class PatchDataset(SliceDataset):
@@ -648,13 +725,17 @@ def check(root: str | Path, label: Sequence[int] | None = None) -> tuple[list[di
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    global MAX_GB
     parser = argparse.ArgumentParser(description="Check a data set: what is in it, and every problem with its file.")
     parser.add_argument("data", help="folder with imagesTr/ and labelsTr/, or images/ and labels/")
     parser.add_argument("--label", type=int, nargs="+", help="label values that are foreground (default: all but 0)")
+    parser.add_argument("--max-gb", type=float, default=MAX_GB, help="memory for one scan (default: half of all)")
+    parser.print_usage = lambda _: None  # an error is one line
     args = parser.parse_args(argv)
+    MAX_GB = args.max_gb
     try:
         rows, problems = check(args.data, args.label)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     row = "{name:20} {shape:>16} {spacing:>20} {orientation:>5} {low:>8} {high:>8} {foreground:>10} {slices:>6}"

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -107,24 +108,6 @@ def waves(rng: np.random.Generator, points: np.ndarray, wavelength: float) -> np
     return field / np.float32(np.sqrt(2))
 
 
-def make_grid(rng: np.random.Generator, orientation: str, size: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where a scan samples the patient: shape (3,), spacing (3,) in mm, affine (4, 4) from voxel index to mm RAS."""
-    shape = np.array([rng.integers(108, 121), rng.integers(88, 101), rng.integers(25, 32)])
-    in_plane, between_slices = rng.uniform((1.95, 3.2), (2.25, 3.8))
-    spacing = np.array([in_plane, in_plane, between_slices])
-    centre = rng.uniform((-6, 0, -12), (6, 12, 0))
-    tilt_x, tilt_z = rng.uniform(10, 20, 2) * rng.choice((-1, 1), 2)
-    field_of_view, shape = shape * spacing, np.round(shape * size).astype(int)
-    spacing = field_of_view / shape
-    axes = np.diag([1, 1, 1] if orientation == "RAS" else [-1, -1, 1])
-    if orientation == "oblique":
-        axes = rotation(tilt_x, 0, tilt_z) @ axes
-    affine = np.eye(4)
-    affine[:3, :3] = axes * spacing
-    affine[:3, 3] = centre - affine[:3, :3] @ (shape - 1) / 2
-    return shape, spacing, affine
-
-
 def paint(rng: np.random.Generator, points: np.ndarray, edge: float) -> tuple[np.ndarray, np.ndarray]:
     """Draw one patient's ANATOMY, every number of it varied a little, at points (3, N) in mm RAS.
 
@@ -153,9 +136,7 @@ def paint(rng: np.random.Generator, points: np.ndarray, edge: float) -> tuple[np
     return image, atrium
 
 
-def make_scan(
-    rng: np.random.Generator, orientation: str = "LPS", size: float = 1.0
-) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float], np.ndarray]:
+def make_scan(rng: np.random.Generator, orientation: str = "LPS", size: float = 1.0) -> tuple:
     """One phantom scan; the same rng state gives the same patient, whatever the orientation and the size.
 
     Args:
@@ -174,7 +155,19 @@ def make_scan(
     if orientation not in ORIENTATIONS:
         raise ValueError(f"orientation is {orientation!r}; choose from {', '.join(ORIENTATIONS)}")
     check_range("size", size, 0.5, 2)
-    shape, spacing, affine = make_grid(rng, orientation, size)
+    # Where the scan samples the patient. What is random is drawn alike for every orientation and size.
+    shape = np.array([rng.integers(108, 121), rng.integers(88, 101), rng.integers(25, 32)])
+    in_plane, between_slices = rng.uniform((1.95, 3.2), (2.25, 3.8))
+    centre = rng.uniform((-6, 0, -12), (6, 12, 0))
+    tilt_x, tilt_z = rng.uniform(10, 20, 2) * rng.choice((-1, 1), 2)
+    field_of_view, shape = shape * (in_plane, in_plane, between_slices), np.round(shape * size).astype(int)
+    spacing = field_of_view / shape
+    axes = np.diag([1, 1, 1] if orientation == "RAS" else [-1, -1, 1])
+    if orientation == "oblique":
+        axes = rotation(tilt_x, 0, tilt_z) @ axes
+    affine = np.eye(4)
+    affine[:3, :3] = axes * spacing
+    affine[:3, 3] = centre - affine[:3, :3] @ (shape - 1) / 2
     index = np.indices((*shape[:2], shape[2] * SUBSLICES), np.float32).reshape(3, -1)
     index[2] = (index[2] + 0.5) / SUBSLICES - 0.5
     world = np.float32(affine[:3, :3]) @ index + np.float32(affine[:3, 3:])
@@ -207,14 +200,18 @@ def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     nifti.set_qform(affine, code="scanner")
     nifti.set_sform(affine, code="scanner")
     nifti.header.set_xyzt_units("mm")
-    nib.save(nifti, path)
+    path.parent.mkdir(exist_ok=True)
+    # Renamed when whole: another run that makes the same data set may be reading its file already.
+    temporary = path.with_name(f".{os.urandom(8).hex()}.nii.gz")
+    nib.save(nifti, temporary)
+    temporary.replace(path)
 
 
 def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 1.0) -> Path:
     """Write a data set in the Decathlon layout, and return its folder.
 
     out/imagesTr/la_000.nii.gz ..., out/labelsTr/la_000.nii.gz ..., out/dataset.json. The same arguments give the same
-    bytes; where they are already there in full, nothing is done, and what an interrupted run left is written anew.
+    bytes; what is already there stays, so that an interrupted call goes on where it was.
 
     Raises:
         ValueError: scans, seed or size out of range, or a folder that holds anything but this very data set.
@@ -227,47 +224,42 @@ def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 
     contents = {
         "name": "LeftAtriumPhantom",
         "description": "Synthetic left atrium phantom written by phantom.py; no patient data",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "left atrium"},
-        "numTraining": scans,
-        "training": pairs,
-        "test": [],
+        "modality": {"0": "MRI"}, "labels": {"0": "background", "1": "left atrium"},
+        "numTraining": scans, "training": pairs, "test": [],
         "phantom": {"scans": scans, "seed": seed, "size": float(size)},
     }
     text = json.dumps(contents, indent=2).encode() + b"\n"
-    # The index is written first under another name and renamed last: dataset.json there means all of it is there.
-    index, unfinished = out / "dataset.json", out / "dataset.json.unfinished"
-    ours = [path for path in (index, unfinished) if path.is_file() and path.read_bytes() == text]
-    if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # The index comes first: a folder that holds it is ours, and what it lacks is what an interrupted run did not reach.
+    index = out / "dataset.json"
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))  # asked first: another run may begin right now
+    ours = index.is_file() and index.read_bytes() == text
+    if taken and not ours:
         raise ValueError(f"{out} holds something else than the {scans} scans of seed {seed}; name an empty folder")
-    if index in ours and all((out / path).is_file() for pair in pairs for path in pair.values()):
-        return out
-
-    out.mkdir(parents=True, exist_ok=True)
-    unfinished.write_bytes(text)
-    index.unlink(missing_ok=True)
-    for folder in ("imagesTr", "labelsTr"):
-        (out / folder).mkdir(exist_ok=True)
+    if not ours:  # renamed from outside: another run that starts now finds an empty folder, or this very data set
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{os.urandom(8).hex()}")
+        temporary.write_bytes(text)
+        temporary.replace(index)
     for k, pair in enumerate(pairs):
-        rng = np.random.default_rng([seed, k])
-        image, mask, _, affine = make_scan(rng, ORIENTATIONS[k % len(ORIENTATIONS)], size)
-        save(image, affine, out / pair["image"])
-        save(mask, affine, out / pair["label"])
-    return unfinished.replace(index).parent
+        if not all((out / path).is_file() for path in pair.values()):
+            orientation = ORIENTATIONS[k % len(ORIENTATIONS)]
+            image, mask, _, affine = make_scan(np.random.default_rng([seed, k]), orientation, size)
+            save(image, affine, out / pair["image"])
+            save(mask, affine, out / pair["label"])
+    return out
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: write a data set, say where. Arguments that do not work end it with code 2 and one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="folder to write: empty, not there yet, or this very data set")
-    parser.add_argument("--scans", type=int, default=8, help="number of scans")
-    parser.add_argument("--seed", type=int, default=0, help="scan k is the same for a seed, whatever --scans is")
-    parser.add_argument("--size", type=float, default=1.0, help="matrix size along each axis, as a factor")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("out", type=Path, help="folder to write: empty, not there yet, or this very data set")
+    add("--scans", type=int, default=8, help="number of scans (default: %(default)s)")
+    add("--seed", type=int, default=0, help="scan k is the same for a seed, whatever --scans is (default: %(default)s)")
+    add("--size", type=float, default=1.0, help="matrix size along each axis, as a factor (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        out = write_dataset(args.out, scans=args.scans, seed=args.seed, size=args.size)
+        out = write_dataset(**vars(args))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{args.scans} synthetic scans with their masks in {out}")

@@ -17,19 +17,17 @@ import gzip
 import io
 import itertools
 import math
-import os
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
 from tqdm import tqdm
 
+import data
 import visualize
 from data import (
     DataError,
@@ -38,11 +36,13 @@ from data import (
     find_pairs,
     fit,
     nifti_files,
+    open_nifti,
     preprocess,
     read_mask,
     read_scan,
     undo_preprocess,
     with_neighbours,
+    write_atomically,
 )
 from metrics import score
 from unet import UNet
@@ -106,7 +106,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; train.py writes last.pt and best.pt into its run folder") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
     missing = {"model", "network", "preprocess", "version"} - set(checkpoint if isinstance(checkpoint, dict) else ())
@@ -114,17 +114,22 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise DataError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(sorted(missing))}")
     if checkpoint["version"] != VERSION:
         raise DataError(f"{path}: checkpoint version is {checkpoint['version']}, expected {VERSION}; train it anew")
+    missing = {"axis", "label", "spacing", "crop", "normalise", "size"} - set(checkpoint["preprocess"])
+    if missing:
+        raise DataError(f"{path}: its preprocessing lacks {', '.join(sorted(missing))}; train it anew")
     return checkpoint
 
 
-def load_network(checkpoint: dict, device: torch.device | str = "cpu") -> UNet:
-    """The trained network of a checkpoint, in evaluation mode."""
+def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str | Path = "the checkpoint") -> UNet:
+    """The trained network of a checkpoint, in evaluation mode; `path` is what an error calls the checkpoint."""
     try:
-        net = UNet(**checkpoint["network"])
-        net.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"the checkpoint's weights do not fit its network ({str(error).splitlines()[0]})") from None
-    return net.to(device, memory_format=net.memory_format).eval()
+        with torch.device("meta"):  # shapes without memory: a foreign file may claim a network of any size
+            net = UNet(**checkpoint["network"])
+        net.load_state_dict(checkpoint["model"], assign=True)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: its weights do not fit its network ({reason}); train it anew") from None
+    return net.to(device, torch.float32, memory_format=net.memory_format).eval()
 
 
 @torch.inference_mode()
@@ -250,7 +255,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
     """Predict every scan of `args.scans`; returns a row for each: name, mask, and its scores where there is a label."""
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
-    net, recipe = load_network(checkpoint, device), checkpoint["preprocess"]
+    net, recipe = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"]
     precision = pick_precision(args.precision, device)
     keep_freed_memory()
     out = Path(args.out)
@@ -270,6 +275,8 @@ def predict(args: argparse.Namespace) -> list[dict]:
         print(f"note: {len(seen)} of {len(pairs)} scans have names that the network was trained on; "
               "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
 
+    for pair in pairs:
+        open_nifti(pair.image)  # before the first mask is written: a header costs nothing
     rows: list[dict] = []
     for pair in tqdm(pairs, desc="predicting", unit=" scans", disable=None):
         target = out / (f"{pair.name}.nii" if pair.image.suffix == ".nii" else f"{pair.name}.nii.gz")
@@ -318,28 +325,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--max-gb", type=float, default=data.MAX_GB, help="memory for one scan (default: half of all)")
+    parser.print_usage = lambda _: None  # an error is one line
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    data.MAX_GB = args.max_gb
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         if args.batch_size < 1:
             raise DataError(f"--batch-size {args.batch_size}: expected at least 1")
         rows = predict(args)
-    except DataError as error:
+        print(f"{len(rows)} masks in {args.out}")
+        if args.labels:
+            path, text = Path(args.out) / "scores.csv", io.StringIO()
+            writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+            print(f"{path}\n\n{table(rows)}\n{summarise(rows)}")
+    except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{len(rows)} masks in {args.out}")
-    if args.labels:
-        path = Path(args.out) / "scores.csv"
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-        print(f"{path}\n\n{table(rows)}\n{summarise(rows)}")
     return 0
 
 

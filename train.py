@@ -8,6 +8,7 @@ with the same weights to the last bit.
     python train.py --data phantom --width 8                     # synthetic scans: minutes on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
+    python train.py --data Task02_Heart --dims 3                # patches of volumes instead of slices
     torchrun --nproc-per-node 4 train.py --data Task02_Heart    # four GPUs of one machine
     python train.py --data Task02_Heart --engine lightning      # the same run by lightning.Trainer; both: compare
     # the recipe that this project started from:
@@ -18,6 +19,7 @@ with the same weights to the last bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -27,6 +29,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,7 +61,8 @@ except ImportError:  # Windows
     resource = None
 
 LOWEST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "width": 1, "depth": 0, "crop": 0, "clip": 0, "workers": 0,
-          "neighbours": 0, "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1}  # of the numeric arguments
+          "devices": 1, "num_nodes": 1, "limit_batches": 1, "overfit": 1, "lr": 0, "weight_decay": 0, "seed": 0,
+          "max_gb": 0, "neighbours": 0}  # of the numeric arguments
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -71,6 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DIR", help="imagesTr/ + labelsTr/, images/ + labels/, or the word phantom")
     add("--cache", default="cache", metavar="DIR", help="where preprocessed scans are kept")
+    add("--max-gb", type=float, default=data.MAX_GB, metavar="GB", help="memory for one scan, half of the machine's")
     add("--label", type=int, nargs="+", metavar="N", help="label values that are foreground; None: all but 0")
     add("--axis", type=int, choices=(0, 1, 2), help="slice axis, 2: axial; None: that of the coarsest spacing")
     add("--folds", type=int, default=5, metavar="N", help="parts to split the scans into")
@@ -115,10 +120,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--limit-batches", type=int, metavar="N", help="at most N batches and N validation scans an epoch: a dry run")
     add("--overfit", type=int, metavar="N", help="train and validate on the same N slices: can it learn at all?")
 
+    parser.print_usage = lambda _: None  # an error is one line
     args = parser.parse_args(argv)
     for flag, lowest in LOWEST.items():
         value = getattr(args, flag)
-        if value is not None and value < lowest:
+        if value is not None and not value >= lowest:
             parser.error(f"--{flag.replace('_', '-')} {value}: expected at least {lowest}")
     if args.fold != "all" and not args.fold.isdecimal():
         parser.error(f"--fold {args.fold}: expected a number from 0, or all")
@@ -126,6 +132,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--resume: say which run, with --out")
     if args.size and len(args.size) != args.dims:
         parser.error(f"--size {' '.join(map(str, args.size))}: expected {args.dims} numbers with --dims {args.dims}")
+    if args.size and min(args.size[-2:]) < 2**args.depth:  # of a patch, H and W
+        parser.error(f"--size {' '.join(map(str, args.size))}: smaller than one pixel of the lowest level; expected at "
+                     f"least {2**args.depth}, or a lower --depth")
     if args.neighbours and args.dims == 3:
         parser.error(f"--neighbours {args.neighbours}: a patch holds its neighbours; leave it out with --dims 3")
     args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
@@ -316,14 +325,18 @@ def write_log(args: argparse.Namespace, run: Run, log: Sequence[dict], rows: Seq
     table.writeheader()
     table.writerows(log)
     data.write_atomically(run.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
-    for name, value in list(log[-1].items())[1:]:  # the first is the epoch
-        # dice_mean becomes dice/mean: TensorBoard draws what has the same first part side by side.
-        writer.add_scalar(name.replace("_", "/", 1), value, log[-1]["epoch"])
+    figure = panels(rows[:4]) if rows else None
     if rows:
-        figure = panels(rows[:4])
         visualize.save(figure, run.out / "validation.png")
-        writer.add_image("validation", visualize.rgb(figure), log[-1]["epoch"], dataformats="HWC")
-    writer.flush()
+    try:
+        for name, value in list(log[-1].items())[1:]:  # the first is the epoch
+            # dice_mean becomes dice/mean: TensorBoard draws what has the same first part side by side.
+            writer.add_scalar(name.replace("_", "/", 1), value, log[-1]["epoch"])
+        if rows:
+            writer.add_image("validation", visualize.rgb(figure), log[-1]["epoch"], dataformats="HWC")
+        writer.flush()
+    except OSError as error:  # a full disk, say: log.csv has the numbers, so the run goes on
+        print(f"note: {writer.log_dir}: {error.strerror}; TensorBoard does not see this epoch", file=sys.stderr)
     print(describe(log[-1], args.epochs), flush=True)
 
 
@@ -371,7 +384,8 @@ def closing(result: dict, args: argparse.Namespace) -> str:
 
 
 # Arguments that a resumed run may change: they say where and how it runs, not what comes out.
-FREE = {"out", "resume", "logs", "cache", "data", "device", "devices", "num_nodes", "workers", "compile", "epochs"}
+FREE = {"out", "resume", "logs", "cache", "data", "device", "devices", "num_nodes", "workers", "compile", "epochs",
+        "max_gb"}
 
 
 def find_checkpoint(args: argparse.Namespace, device: torch.device) -> dict | None:
@@ -588,7 +602,10 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
         scaler.load_state_dict(run.saved["scaler"])
         torch.set_rng_state(run.saved["rng"].cpu())
         best = run.saved["best"]
-    writer = SummaryWriter(Path(args.logs) / run.out.name, purge_step=first) if run.rank == 0 else None
+    try:
+        writer = SummaryWriter(Path(args.logs) / run.out.name, purge_step=first) if run.rank == 0 else None
+    except OSError as error:
+        raise DataError(f"--logs {args.logs}: {error.strerror}; name another folder for TensorBoard") from None
 
     def save(name: str, epoch: int, **part) -> None:                                    # on_save_checkpoint
         """With all that is needed to go on after `epoch`; `part` is what is known of the next, if it has begun."""
@@ -667,7 +684,8 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
             save(name, epoch)
 
     if writer:
-        writer.close()                                                                  # teardown
+        with contextlib.suppress(OSError):  # told by write_log
+            writer.close()                                                              # teardown
     return history, rows
 
 
@@ -851,15 +869,17 @@ def resume_command(args: argparse.Namespace, argv: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    data.MAX_GB = args.max_gb
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    threading.excepthook = lambda _: None  # TensorBoard's thread raises here what write_log gets, and tells, anyway
     try:
         if args.engine == "both":
             compare_engines(args, sys.argv[1:] if argv is None else argv)
         else:
             train(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(error, file=sys.stderr)
         return 2

@@ -145,6 +145,9 @@ class UNet(nn.Module):
         x = self.bottom(x)                                                          #       (B, 512, H/8, W/8)│  │  │
         for level, block in enumerate(self.up):                                     #                         │  │  │
             x = F.interpolate(x, scale_factor=2, mode=self.interpolation)           #                         │  │  │
+            if x.requires_grad and x.device.type == "cpu":                          #                         │  │  │
+                # `cat` hands back a gradient with gaps, and PyTorch's upsampling is several times slower on these.
+                x.register_hook(torch.clone)                                        #                         │  │  │
             skip = self.gates[level](skips.pop(), x) if self.gates else skips.pop() #     (B, 256, H/4, W/4) ◁┘  │  │
             x = block(torch.cat([skip, x], dim=1))                                  #   (B, 128, H/2, W/2) ◁─────┘  │
         assert not skips                                                            # (B,  64, H,   W  ) ◁──────────┘

@@ -91,6 +91,7 @@ def record(
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
+        "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "parameters": sum(value.numel() for key, value in checkpoint["model"].items()
                           if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))),

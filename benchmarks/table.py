@@ -65,6 +65,22 @@ def ladder() -> str:
     return markdown(head, rows, text_columns=2)
 
 
+def published() -> str:
+    """Scores of the literature (`published.json` cites them) above this project's, distances in voxels."""
+    rows = [[row["name"], *(f"{value:.2f}" for value in row["scores"])]
+            for row in json.loads((RESULTS / "published" / "published.json").read_text())]
+    for name in ("la2018_width16", "ladder/cpu_volume"):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            mean = json.loads(path.read_text())["mean"]
+            # The first record has only mm; these volumes are 0.625 mm in every direction.
+            voxels = [mean.get(f"{key}_voxels", mean[key] / 0.625) for key in ("hd95", "assd")]
+            scores = (100 * mean["dice"], 100 * mean["jaccard"], *voxels)
+            link = f"here: [`{path.stem}`](benchmarks/results/{name}.json)"
+            rows.append([link, *(f"{value:.2f}" for value in scores)])
+    return markdown(["trained and scored on", "Dice %", "Jaccard %", "HD95", "ASSD"], rows)
+
+
 def timings() -> str:
     rows = []
     for path in sorted((RESULTS / "engines").glob("*.json")):
@@ -73,6 +89,18 @@ def timings() -> str:
             spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
             rows.append([f"{row['row']} ({path.stem.split('_')[1]})", f"{row['ratio']:.2f}", spread])
     return markdown(["seconds per epoch", "median ratio", "range"], rows)
+
+
+def speed() -> str:
+    rows = []
+    for path in sorted((RESULTS / "speed").glob("*.json")):
+        for number, row in json.loads(path.read_text())["rows"].items():
+            for line in row["checks"]:
+                met = {True: "yes", False: "**no**", None: ""}[line.get("met")]
+                spread = f"{min(line['values']):.3g} to {max(line['values']):.3g}" if len(line["values"]) > 1 else ""
+                rows.append([number, line["what"], f"{line['median']:.3g} {line['unit']}".strip(), spread,
+                             line["goal"], met])
+    return markdown(["row", "what", "median", "range", "goal", "met"], rows, text_columns=2)
 
 
 def code_lines(source: str) -> int:
@@ -97,9 +125,9 @@ def files() -> str:
 
 
 def blocks() -> dict[str, str]:
-    measured = {"ladder": ladder()} if (RESULTS / "ladder").exists() else {}
-    measured |= {"timings": timings()} if (RESULTS / "engines").exists() else {}
-    return {"results": results(), **measured, "files": files()}
+    tables = (("ladder", "ladder", ladder), ("timings", "engines", timings), ("speed", "speed", speed))
+    measured = {name: make() for name, folder, make in tables if (RESULTS / folder).exists()}
+    return {"results": results(), "published": published(), **measured, "files": files()}
 
 
 if __name__ == "__main__":

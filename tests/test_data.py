@@ -1,5 +1,6 @@
 """The data path: files, orientation, preprocessing, cache, split, augmentation, check."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -246,6 +247,75 @@ def test_cache_stale_or_damaged_is_rebuilt(pairs, tmp_path, write_nifti):
     write_nifti(pairs[0].label, mask)
     assert np.load(data.cache_scan(pairs[0], RECIPE, tmp_path / "cache").mask).sum() == 2 * 10 * 6
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+START_AT = """
+import sys, time, data
+time.sleep(max(float(sys.argv[3]) - time.time(), 0))  # imports take seconds; both begin at the same moment
+recipe = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore"}
+pairs = data.find_pairs(sys.argv[1])
+for i in range(20):
+    for scan in data.cache_scans(pairs, recipe | {"crop": i % 4}, sys.argv[2]):
+        data.np.load(scan.image), data.np.load(scan.truth)
+    data.survey(pairs, sys.argv[2])
+"""
+
+
+def test_two_runs_may_fill_one_cold_cache(pairs, tmp_path):
+    """At once, with temporary names that do not meet even where two containers give both processes the same number."""
+    root, cache = pairs[0].image.parents[1], tmp_path / "cache"
+    code = "import os; os.getpid = lambda: 7\n" + START_AT
+    command = [sys.executable, "-c", code, str(root), str(cache), str(time.time() + 6)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [run.communicate()[1] for run in runs] == ["", ""] and [run.returncode for run in runs] == [0, 0]
+    shared, alone = (data.cache_scans(pairs, RECIPE, folder) for folder in (cache, tmp_path / "alone"))
+    for a, b in zip(shared, alone, strict=True):
+        for kind in ("image", "mask", "truth"):
+            assert np.array_equal(np.load(getattr(a, kind)), np.load(getattr(b, kind)))
+    assert not list(cache.glob(".*"))
+
+
+def test_a_file_that_changes_but_keeps_its_size_and_time_is_read_again(pairs, tmp_path):
+    """`cp -p`, `rsync -t` and archives set the time of a file to what it was elsewhere."""
+    path, content = pairs[0].label, bytearray(gzip.decompress(pairs[0].label.read_bytes()))
+    path.write_bytes(gzip.compress(content, 0))  # stored, not packed: the size stays when a voxel changes
+    before, status = np.load(data.cache_scan(pairs[0], RECIPE, tmp_path / "cache").mask), path.stat()
+    content[-1] ^= 1
+    time.sleep(0.01)  # the clock of the file system may be coarse
+    path.write_bytes(gzip.compress(content, 0))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size and path.stat().st_mtime_ns == status.st_mtime_ns
+    after = np.load(data.cache_scan(pairs[0], RECIPE, tmp_path / "cache").mask)
+    assert (before != after).sum() == 1
+
+
+def test_two_data_sets_of_the_same_names_share_a_cache(tmp_path, write_nifti):
+    """The same name, size and time, as unpacked from an archive, are not the same file."""
+    counts = []
+    for name in ("one", "two"):
+        voxels = np.zeros((4, 4, 4), np.uint8)
+        voxels[:2] = 1
+        files = [write_nifti(tmp_path / name / "imagesTr" / "la.nii", voxels),
+                 write_nifti(tmp_path / name / "labelsTr" / "la.nii", voxels * (name == "two"))]
+        for file in files:
+            os.utime(file, ns=(10**18, 10**18))
+        (scan,) = data.cache_scans(data.find_pairs(tmp_path / name), RECIPE, tmp_path / "cache")
+        counts.append(int(np.load(scan.mask).sum()))
+    assert counts == [0, 32]
+
+
+def test_every_file_of_the_cache_may_be_cut_short_at_any_byte(pairs, tmp_path):
+    """By a full disk or a lost node: the index, the arrays and the survey are made anew."""
+    folder = tmp_path / "cache"
+    first, spacing = data.cache_scan(pairs[0], RECIPE, folder), data.survey(pairs[:1], folder)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(whole) == 4  # image, mask, index, survey
+    for path, content in whole.items():
+        for length in {0, 1, 9, 10, 100, 128, len(content) // 2, len(content) - 1}:
+            path.write_bytes(content[:length])
+            assert data.cache_scan(pairs[0], RECIPE, folder) == first
+            assert data.survey(pairs[:1], folder) == spacing
+            assert path.read_bytes() == content
 
 
 def test_a_write_that_fails_leaves_the_former_file(tmp_path):

@@ -74,7 +74,7 @@ def test_every_flag_in_the_readme_exists():
 def test_flags_stay_few(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
-    assert len(set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M))) <= 36
+    assert len(set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M))) <= 40
 
 
 def commands():
@@ -102,6 +102,6 @@ def test_readme_commands_run(phantoms, tmp_path):
 def test_tables_are_made_from_the_json_and_the_code():
     made = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "table.py")], capture_output=True, text=True)
     tables = made.stdout.strip().split("\n\n")
-    assert made.returncode == 0 and len(tables) in (2, 3), made.stderr
+    assert made.returncode == 0 and len(tables) >= 4, made.stderr
     for table in tables:
         assert table in README, "run python benchmarks/table.py --write"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -98,7 +99,7 @@ def test_a_complete_data_set_is_left_alone(tmp_path, monkeypatch):
     write_dataset(tmp_path, **SMALL)
 
 
-def test_an_interrupted_run_is_not_taken_for_a_complete_one(dataset, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
     made = []
 
     def interrupted(*args):
@@ -110,10 +111,26 @@ def test_an_interrupted_run_is_not_taken_for_a_complete_one(dataset, tmp_path, m
     monkeypatch.setattr(phantom, "make_scan", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path, **SMALL)
-    assert not (tmp_path / "dataset.json").exists()
     assert (tmp_path / "imagesTr/la_000.nii.gz").exists()
-    monkeypatch.undo()
     assert contents(write_dataset(tmp_path, **SMALL)) == contents(dataset)
+    assert len(made) == 4  # the first scan was there
+
+
+def test_half_a_file_is_not_taken_for_a_scan(dataset, tmp_path, monkeypatch):
+    write = phantom.nib.save
+
+    def killed(nifti, path):
+        write(nifti, path)
+        path.write_bytes(path.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phantom.nib, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, **SMALL)
+    monkeypatch.undo()
+    made = contents(write_dataset(tmp_path, **SMALL))
+    left = [name for name in made if Path(name).name.startswith(".")]  # what data.py does not see
+    assert len(left) == 1 and {name: made[name] for name in made if name not in left} == contents(dataset)
 
 
 def test_a_lost_file_is_written_anew(dataset, tmp_path):
@@ -251,3 +268,10 @@ def test_command_line_refuses_a_file_in_the_way(tmp_path, capsys):
         assert stop.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_runs_at_once_make_one_data_set(tmp_path, dataset):
+    """Both used to write the same files in place, and the second fell over the index that the first had renamed."""
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: write_dataset(tmp_path / "out", scans=3, seed=5, size=0.5), range(3)))
+    assert contents(tmp_path / "out") == contents(dataset)
