@@ -390,6 +390,16 @@ def limited(arguments, limit, stderr):
     sys.exit(train.main(arguments))
 
 
+def test_full_disk_under_a_large_tensor(tmp_path):
+    """torch.save then fails twice: what comes out is a RuntimeError about positions in a zip file."""
+    def fill(file):
+        torch.save(torch.zeros(200_000), file if isinstance(file, io.BytesIO) else Full(file))
+
+    with pytest.raises(data.DataError, match="No space left on device; 80.,... bytes to write"):
+        data.write_atomically(tmp_path / "last.pt", fill)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("name", "limit"), [(".npy", 60_000), ("best.pt", 90_000)])
 def test_no_file_may_grow_beyond_a_limit(run_args, tmp_path, name, limit):
     """The same by the system itself: the words are its own, or NumPy's."""
