@@ -26,6 +26,10 @@ docs: .venv/installed
 	$(BIN)/python visualize.py surface $(SCAN) runs/docs/masks/la_000.nii.gz $(TRUTH) --out docs/surface.png
 	$(BIN)/python visualize.py layers runs/docs/last.pt $(SCAN) --out docs/layers.png
 	cp runs/docs/validation.png docs/validation.png
+	$(BIN)/pip install --quiet lightning
+	$(BIN)/python train.py --data phantom --width 8 --epochs 4 --engine both --precision fp32 --out runs/both
+	cp runs/both/engines.png docs/engines.png
+	cp runs/both/engines.txt docs/engines.txt
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

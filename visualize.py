@@ -26,6 +26,7 @@ import argparse
 import base64
 import copy
 import csv
+import io
 import json
 import os
 import shutil
@@ -474,17 +475,19 @@ def rgb(figure: Figure) -> np.ndarray:
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def write(path: str | Path, put: Callable[[Path], object]) -> None:
-    """Make the folder, `put` the file there under another name, rename: it is there whole or not at all."""
-    path = Path(path)
+def write(path: str | Path, put: Callable[[io.BytesIO], object]) -> None:
+    """Make the folder, write what `put` makes under another name, rename: the file is there whole or not at all."""
+    path, content = Path(path), io.BytesIO()
+    put(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        put(temporary)
+        temporary.write_bytes(content.getbuffer())
         temporary.replace(path)
-    except OSError as error:  # Pillow's has neither number nor file
+    except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        raise OSError(f"{path}: {error.strerror or error}; {free:,} bytes free") from None
+        size = len(content.getbuffer())
+        raise OSError(f"{path}: {error.strerror}; {size:,} bytes to write, {free:,} bytes free") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -580,7 +583,7 @@ def draw(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.command} draws a mask; give one after the scan")
     if ending == ".html":
         page = player(scan, masks, spacing, args.axis)
-        write(args.out, lambda file: file.write_text(page, encoding="utf-8"))
+        write(args.out, lambda file: file.write(page.encode()))
     elif ending == ".gif":
         save_gif(movie(scan, masks, spacing), args.out)
     elif args.command == "surface":

@@ -105,3 +105,7 @@ def test_tables_are_made_from_the_json_and_the_code():
     assert made.returncode == 0 and len(tables) >= 4, made.stderr
     for table in tables:
         assert table in README, "run python benchmarks/table.py --write"
+
+
+def test_the_comparison_of_the_engines_is_the_one_that_was_made():
+    assert (ROOT / "docs" / "engines.txt").read_text() in README
