@@ -383,7 +383,7 @@ def write_atomically(path: Path, write: Callable) -> None:
     """Let `write(file)` fill a temporary file beside `path`, then rename it: readers see all of it or nothing.
 
     Raises:
-        OSError: of the file system, naming `path`, the bytes to write and those that are free.
+        DataError: the file system says no; with the bytes to write and those that are free.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, since two containers that share a cache may both be process 7; short, since names end at 255 bytes.
@@ -393,13 +393,14 @@ def write_atomically(path: Path, write: Callable) -> None:
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the file raises
         if not isinstance(cause, OSError):
             raise
         free = shutil.disk_usage(path.parent).free
         write(whole := io.BytesIO())  # to count
-        told = f"{cause.strerror}; {len(whole.getbuffer()):,} bytes to write, {free:,} free"
-        raise OSError(cause.errno, told, str(path)) from None
+        raise DataError(
+            f"{path}: {cause.strerror or cause}; {len(whole.getbuffer()):,} bytes to write, {free:,} bytes free"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,7 +3,8 @@
 Contract: a folder of NIfTI scans and masks in (`data.py` names the layouts), a run folder out: last.pt, best.pt (the
 epoch of the highest validation Dice), log.csv, split.json, args.json, pictures; TensorBoard events under --logs.
 Validation is per scan, in the scan's own space. On a CPU a run is exact: killed and resumed, or left alone, it ends
-with the same weights to the last bit.
+with the same weights to the last bit. Ctrl-C and SIGTERM finish the step and save it (Lightning's engine goes on from
+its last epoch instead); exit code 130 or 143.
 
     python train.py --data phantom --width 8                     # synthetic scans: minutes on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
@@ -19,6 +20,7 @@ with the same weights to the last bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -28,6 +30,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -323,14 +326,18 @@ def write_log(args: argparse.Namespace, run: Run, log: Sequence[dict], rows: Seq
     table.writeheader()
     table.writerows(log)
     data.write_atomically(run.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
-    for name, value in list(log[-1].items())[1:]:  # the first is the epoch
-        # dice_mean becomes dice/mean: TensorBoard draws what has the same first part side by side.
-        writer.add_scalar(name.replace("_", "/", 1), value, log[-1]["epoch"])
+    figure = panels(rows[:4]) if rows else None
     if rows:
-        figure = panels(rows[:4])
         visualize.save(figure, run.out / "validation.png")
-        writer.add_image("validation", visualize.rgb(figure), log[-1]["epoch"], dataformats="HWC")
-    writer.flush()
+    try:
+        for name, value in list(log[-1].items())[1:]:  # the first is the epoch
+            # dice_mean becomes dice/mean: TensorBoard draws what has the same first part side by side.
+            writer.add_scalar(name.replace("_", "/", 1), value, log[-1]["epoch"])
+        if rows:
+            writer.add_image("validation", visualize.rgb(figure), log[-1]["epoch"], dataformats="HWC")
+        writer.flush()
+    except OSError as error:  # a full disk, say: log.csv has the numbers, so the run goes on
+        print(f"note: {writer.log_dir}: {error.strerror}; TensorBoard does not see this epoch", file=sys.stderr)
     print(describe(log[-1], args.epochs), flush=True)
 
 
@@ -596,7 +603,10 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
         scaler.load_state_dict(run.saved["scaler"])
         torch.set_rng_state(run.saved["rng"].cpu())
         best = run.saved["best"]
-    writer = SummaryWriter(Path(args.logs) / run.out.name, purge_step=first) if run.rank == 0 else None
+    try:
+        writer = SummaryWriter(Path(args.logs) / run.out.name, purge_step=first) if run.rank == 0 else None
+    except OSError as error:
+        raise DataError(f"--logs {args.logs}: {error.strerror}; name another folder for TensorBoard") from None
 
     def save(name: str, epoch: int, **part) -> None:                                    # on_save_checkpoint
         """With all that is needed to go on after `epoch`; `part` is what is known of the next, if it has begun."""
@@ -675,7 +685,8 @@ def fit_loop(args: argparse.Namespace, run: Run) -> tuple[list[float], list[dict
             save(name, epoch)
 
     if writer:
-        writer.close()                                                                  # teardown
+        with contextlib.suppress(OSError):  # told by write_log
+            writer.close()                                                              # teardown
     return history, rows
 
 
@@ -863,6 +874,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    threading.excepthook = lambda _: None  # TensorBoard's thread raises here what write_log gets, and tells, anyway
     try:
         if args.engine == "both":
             compare_engines(args, sys.argv[1:] if argv is None else argv)

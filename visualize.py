@@ -486,8 +486,8 @@ def write(path: str | Path, put: Callable[[io.BytesIO], object]) -> None:
         temporary.replace(path)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        told = f"{error.strerror}; {len(content.getbuffer()):,} bytes to write, {free:,} free"
-        raise OSError(error.errno, told, str(path)) from None
+        size = len(content.getbuffer())
+        raise OSError(f"{path}: {error.strerror}; {size:,} bytes to write, {free:,} bytes free") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,7 +1,9 @@
 """Runs that are ended from outside, and disks that are full: nothing is lost, and resume goes on to the bit."""
 
 import csv
+import errno
 import functools
+import gc
 import importlib.util
 import io
 import itertools
@@ -9,6 +11,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -21,10 +24,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import data
 import predict
 import train
+import visualize
 
 ROOT = Path(train.__file__).parent
 # A server that has imported train.py and forks: a process starts in milliseconds, and without this one's threads.
@@ -305,3 +311,161 @@ def test_the_real_command_stops_at_ctrl_c(run_args, tmp_path, processes):
     assert "stopped by SIGINT; to go on: " in told
     assert processes > 1 or job.returncode == 130 and "Traceback" not in told  # torchrun's code and words are its own
     assert predict.load_checkpoint(tmp_path / "run" / "last.pt")["part"]
+
+
+# ----------------------------------------------------------------------------------------------------------- full disks
+
+
+class Full:
+    """A file on a disk that is full after 100 bytes."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, content):
+        self.file.write(bytes(content)[: max(100 - self.file.tell(), 0)])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill_disk(monkeypatch, ending, spare=0):
+    """The disk is full for files whose name ends so, after `spare` of them."""
+    write_atomically, count = data.write_atomically, itertools.count()
+
+    def write(path, fill):
+        full = path.name.endswith(ending) and next(count) >= spare
+        write_atomically(path, lambda file: fill(Full(file) if full and not isinstance(file, io.BytesIO) else file))
+
+    for module in (data, predict):
+        monkeypatch.setattr(module, "write_atomically", write)
+
+
+def said(capsys, name):
+    """One line on stderr: the file, the reason, the bytes."""
+    (line,) = capsys.readouterr().err.splitlines()
+    found = re.fullmatch(rf".*{name}: No space left on device; ([\d,]+) bytes to write, ([\d,]+) bytes free", line)
+    assert found, line
+    return int(found[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("ending", [".image.npy", ".json", "split.json"])
+def test_full_disk_before_training(run_args, tmp_path, monkeypatch, capsys, ending):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, ending)
+        assert train.main([*run_args, *TINY]) == 2
+    assert said(capsys, re.escape(ending)) > 100 or ending == ".json"
+    assert not list(tmp_path.rglob(".*.tmp")) and not (tmp_path / "run" / "last.pt").exists()
+    assert train.main([*run_args, *TINY, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(("name", "spare"), [("last.pt", 1), ("best.pt", 0), ("log.csv", 2)])
+def test_full_disk_in_training(run_args, tmp_path, monkeypatch, capsys, alone, name, spare):
+    """The former checkpoint survives, and with room again the run goes on as if nothing had been."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fill_disk(patch, name, spare)
+        assert train.main([*run_args, *TINY]) == 2
+    needed = said(capsys, name)
+    assert not list(out.glob(".*.tmp")) and (out / name).exists() == (spare > 0)
+    if spare:
+        assert predict.load_checkpoint(out / "last.pt")["epoch"] == spare - 1
+    assert train.main([*run_args, *TINY, "--resume"]) == 0
+    assert same_end(alone(run_args), out)
+    assert abs((out / name).stat().st_size - needed) < 2000  # an epoch more in the log
+
+
+def test_full_disk_in_prediction(run_args, phantoms, tmp_path, monkeypatch, capsys, alone):
+    command = [str(phantoms), "--checkpoint", str(alone(run_args) / "last.pt"), "--out", str(tmp_path / "masks")]
+    command += ["--held-out", "--labels", str(phantoms / "labelsTr")]
+    for ending, left in (("la_003.nii.gz", 1), ("scores.csv", 2)):
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            fill_disk(patch, ending)
+            assert predict.main(command) == 2
+        assert said(capsys, ending) > 100 and len(os.listdir(tmp_path / "masks")) == left
+
+
+def test_full_disk_under_a_picture(tmp_path, monkeypatch):
+    def write_bytes(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(OSError, match=r"curves.png: No space left on device; [\d,]+ bytes to write, [\d,]+ bytes free"):
+        visualize.save(Figure(), tmp_path / "curves.png")
+    assert not list(tmp_path.iterdir())
+
+
+def limited(arguments, limit, stderr):
+    redirect(1, os.devnull)
+    redirect(2, stderr)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(train.main(arguments))
+
+
+def test_full_disk_under_a_large_tensor(tmp_path):
+    """Small pieces still fit into the buffer, so torch.save raises a RuntimeError, about positions in a zip file."""
+
+    class Buffered(Full):
+        def write(self, content):
+            return self.file.write(content) if len(content) < 4096 else super().write(content)
+
+    def fill(file):
+        torch.save(torch.zeros(200_000), file if isinstance(file, io.BytesIO) else Buffered(file))
+
+    with pytest.raises(data.DataError, match="No space left on device; 80.,... bytes to write"):
+        data.write_atomically(tmp_path / "last.pt", fill)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "limit"), [(".npy", 60_000), ("best.pt", 90_000)])
+def test_no_file_may_grow_beyond_a_limit(run_args, tmp_path, name, limit):
+    """The same by the system itself: the words are its own, or NumPy's."""
+    told = tmp_path / "stderr"
+    process = server.Process(target=limited, args=([*run_args, *TINY, "--fold", "all"], limit, told))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 2
+    line = re.fullmatch(r"(.*): (.*); ([\d,]+) bytes to write, [\d,]+ bytes free\n", told.read_text())
+    assert line and line[1].endswith(name) and int(line[3].replace(",", "")) > limit
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_tensorboard_on_a_full_disk_does_not_spoil_the_run(run_args, tmp_path, monkeypatch, capsys, alone):
+    """Its writer fails in a thread of its own: nothing hangs, the log and the weights are those of every other run."""
+    write, count = RecordWriter.write, itertools.count()
+
+    def full(writer, content):
+        if next(count) > 20:  # in the second epoch
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(writer, content)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    assert train.main([*run_args, *TINY]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all("logs/run: No space left on device; TensorBoard does not" in line for line in told)
+    assert same_end(alone(run_args), tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------ long runs
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(12, 2), pytest.param(400, 5, marks=pytest.mark.slow)])
+def test_memory_figures_and_open_files_stay_flat(run_args, monkeypatch, epochs, steps):
+    """Pictures at every epoch: nothing of an epoch stays. The last three quarters of the run are looked at."""
+    samples, write_log = [], train.write_log
+
+    def sample(*args):
+        write_log(*args)
+        gc.collect()
+        figures = sum(type(thing) is Figure for thing in gc.get_objects())
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+        samples.append((resident, figures, len(os.listdir("/proc/self/fd"))))
+
+    monkeypatch.setattr(train, "write_log", sample)
+    changes = ["--epochs", str(epochs), "--limit-batches", str(steps), "--batch-size", "2", "--augment", "seed"]
+    train.train(train.parse_args([*run_args, *changes]))
+    memory, figures, files = (list(values) for values in zip(*samples[epochs // 4 :], strict=True))
+    print(f"{epochs * steps} steps: {memory[0]:.1f} to {memory[-1]:.1f} MB, at most {max(memory):.1f}; "
+          f"{max(figures)} figures, {files[0]} to {files[-1]} open files")
+    assert len(samples) == epochs and max(memory) - memory[0] < 8
+    assert max(figures) == min(figures) <= 1 and max(files) == min(files)
