@@ -338,29 +338,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.batch_size < 1:
             raise DataError(f"--batch-size {args.batch_size}: expected at least 1")
         rows = predict(args)
-<<<<<<< HEAD
-=======
-        print(f"{len(rows)} masks in {args.out}")
->>>>>>> e7432f3b32d838316f81bc5388e79750538f3e27
         if args.labels:
             path, text = Path(args.out) / "scores.csv", io.StringIO()
             writer = csv.DictWriter(text, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
             write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-<<<<<<< HEAD
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{len(rows)} masks in {args.out}")
     if args.labels:
         print(f"{path}\n\n{table(rows)}\n{summarise(rows)}")
-=======
-            print(f"{path}\n\n{table(rows)}\n{summarise(rows)}")
-    except (DataError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
->>>>>>> e7432f3b32d838316f81bc5388e79750538f3e27
     return 0
 
 
