@@ -314,7 +314,7 @@ def test_save_leaves_the_old_picture_when_it_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match=r"No space left on device; [\d,]+ bytes to write, [\d,]+ free: .*x.png"):
+    with pytest.raises(OSError, match=r"x.png: No space left on device; [\d,]+ bytes to write, [\d,]+ bytes free"):
         visualize.save(visualize.curves([{"epoch": 0.0, "train_loss": 1.0}]), path)
     monkeypatch.undo()
     assert path.read_bytes() == before and os.listdir(path.parent) == ["x.png"]
