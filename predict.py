@@ -133,14 +133,12 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str
 
 
 @torch.inference_mode()
-def probabilities(net: UNet, x: np.ndarray, precision: torch.dtype, flip: bool) -> np.ndarray:
-    """Float32 (B, *size) of float32 images (B, C, *size); with `flip`, the mean over them and their mirror images."""
+def probabilities(net: UNet, x: np.ndarray, precision: torch.dtype) -> np.ndarray:
+    """Float32 (B, *size) of float32 images (B, C, *size)."""
     device = next(net.parameters()).device
     images = torch.from_numpy(np.ascontiguousarray(x)).to(device, memory_format=net.memory_format)
-    views = [(), (-2,), (-1,), (-2, -1)] if flip else [()]  # left-right, front-back, both
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        mean = sum(net.predict(images.flip(axes)).flip(axes) for axes in views) / len(views)
-    return mean[:, 0].cpu().numpy()
+        return net.predict(images)[:, 0].cpu().numpy()
 
 
 def predict_volume(
@@ -150,23 +148,21 @@ def predict_volume(
     size: Sequence[int] = (1, 1),
     precision: torch.dtype = torch.float32,
     batch_size: int = 16,
-    flip: bool = False,
 ) -> np.ndarray:
     """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), on the host: the GPU holds one batch of it.
 
     In 2D `batch_size` slices go through the network at a time. Slices smaller than `size`, the (H, W) of training, are
     padded to it as they were there, and cropped back: a network with batch norm is used to the padding, and loses Dice
     without it. Larger ones stay whole. In 3D see `slide`; a volume smaller than the window is padded likewise.
-    With `flip`, the mean over the slices and their three mirror images.
     """
     if net.dims == 3:
         padded = fit(np.asarray(volume, np.float32), np.maximum(volume.shape, size))
-        return fit(slide(lambda x: probabilities(net, x, precision, flip), padded, size), volume.shape)
+        return fit(slide(lambda x: probabilities(net, x, precision), padded, size), volume.shape)
     shape, probability = volume.shape[1:], np.empty(volume.shape, np.float32)
     for start in range(0, len(volume), batch_size):
         slices = range(start, min(start + batch_size, len(volume)))
         x = fit(with_neighbours(volume, slices, net.in_channels // 2), np.maximum(shape, size))
-        probability[slices.start : slices.stop] = fit(probabilities(net, x, precision, flip), shape)
+        probability[slices.start : slices.stop] = fit(probabilities(net, x, precision), shape)
     return probability
 
 
@@ -287,7 +283,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
         try:
             volume = preprocess(scan.array, scan.spacing, recipe)
             probability = predict_volume(
-                net, volume, size=recipe["size"], precision=precision, batch_size=args.batch_size, flip=args.flip
+                net, volume, size=recipe["size"], precision=precision, batch_size=args.batch_size
             )
         except DataError as error:
             raise DataError(f"{pair.image}: {error}") from None
@@ -318,7 +314,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out", action="store_true", help="only the scans that the run kept for validation")
     parser.add_argument("--probability", action="store_true", help="also write the probabilities, as float32")
     parser.add_argument("--largest-component", action="store_true", help="keep the largest connected part only")
-    parser.add_argument("--flip", action="store_true", help="average over mirror images: 4 times the work")
     parser.add_argument("--movie", action="store_true", help="also a GIF of mask over scan, slice by slice")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="slices at a time (default %(default)s)"

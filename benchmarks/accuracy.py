@@ -35,7 +35,6 @@ ROWS = {
     "attention": ("default", "attention gates", {"attention": ""}, []),
     "neighbours": ("default", "the slices above and below as channels (2.5D)", {"neighbours": "1"}, []),
     "volume": ("default", "3D: patches instead of slices", {"dims": "3"}, []),
-    "flip": ("default", "mean over mirror images", {}, ["--flip"]),
     "component": ("default", "largest component only", {}, ["--largest-component"]),
 }
 BUDGETS = {  # for slices, and for patches, where an epoch is shorter

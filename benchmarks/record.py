@@ -65,7 +65,7 @@ def record(
 
     Args:
         arguments: of train.py, `--data` among them; with `--out` a run that was stopped goes on, one that ended stays.
-        prediction: more arguments of predict.py, such as `--flip`.
+        prediction: more arguments of predict.py, such as `--largest-component`.
         change: what the run is for, in words.
     """
     args = train.parse_args([*arguments, "--resume"] if "--out" in arguments else arguments)

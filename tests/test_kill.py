@@ -30,7 +30,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 import data
 import predict
 import train
-import visualize
 
 ROOT = Path(train.__file__).parent
 # A server that has imported train.py and forks: a process starts in milliseconds, and without this one's threads.
@@ -382,17 +381,6 @@ def test_full_disk_in_prediction(run_args, phantoms, tmp_path, monkeypatch, caps
             fill_disk(patch, ending)
             assert predict.main(command) == 2
         assert said(capsys, ending) > 100 and len(os.listdir(tmp_path / "masks")) == left
-
-
-def test_full_disk_under_a_picture(tmp_path, monkeypatch):
-    def write_bytes(path, content):
-        path.touch()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    with pytest.raises(OSError, match=r"curves.png: No space left on device; [\d,]+ bytes to write, [\d,]+ bytes free"):
-        visualize.save(Figure(), tmp_path / "curves.png")
-    assert not list(tmp_path.iterdir())
 
 
 def limited(arguments, limit, stderr):

@@ -70,13 +70,12 @@ def scan_and_truth(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, RECIPE | {"axis": 0, "spacing": [None, 2.7, 1.0]}, RECIPE | {"crop": 2}])
-@pytest.mark.parametrize("flip", [[], ["--flip"]])
-def test_an_ideal_network_gives_back_the_truth(scan_and_truth, checkpoint, tmp_path, monkeypatch, recipe, flip):
+def test_an_ideal_network_gives_back_the_truth(scan_and_truth, checkpoint, tmp_path, monkeypatch, recipe):
     """Whatever way a scan is stored, its mask has the same shape, affine and codes, and lies on the organ exactly."""
     scan, truth = scan_and_truth
     monkeypatch.setattr(predict, "UNet", Ideal)
     run = [str(scan), "--checkpoint", str(checkpoint(recipe)), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert predict.main([*run, *flip, "--probability", "--precision", "fp32", "--batch-size", "4"]) == 0
+    assert predict.main([*run, "--probability", "--precision", "fp32", "--batch-size", "4"]) == 0
     source, written = nib.load(scan), nib.load(tmp_path / "out" / "kept.nii.gz")
     assert np.array_equal(np.asarray(written.dataobj), truth)
     assert written.get_data_dtype() == np.uint8 and written.shape == source.shape
@@ -123,16 +122,6 @@ def test_scores_of_training_scans_are_flagged(scan_and_truth, checkpoint, tmp_pa
     assert predict.main([*run, "--held-out"]) == 2
 
 
-def test_flip_averages_four_views():
-    torch.manual_seed(0)
-    net, volume = UNet(width=2, depth=1, norm="none").eval(), np.random.default_rng(0).normal(size=(3, 6, 8))
-    volume = volume.astype(np.float32)
-    views = [predict.predict_volume(net, np.flip(volume, axes)) for axes in ((), (1,), (2,), (1, 2))]
-    mean = sum(np.flip(view, axes) for view, axes in zip(views, ((), (1,), (2,), (1, 2)), strict=True)) / 4
-    assert np.allclose(predict.predict_volume(net, volume, flip=True), mean, atol=1e-6)
-    assert not np.allclose(views[0], mean, atol=1e-6)
-
-
 def test_small_slices_are_padded_as_in_training():
     """Without it a network with batch norm met other statistics than in training, and lost a point of Dice."""
     torch.manual_seed(0)
@@ -158,7 +147,6 @@ def test_windows_leave_no_trace_in_a_pointwise_network():
     whole = predict.predict_volume(net, volume, size=volume.shape)
     for size in ((4, 4, 4), (9, 5, 3), (2, 14, 16), (12, 20, 20)):
         assert np.allclose(predict.predict_volume(net, volume, size=size), whole, atol=1e-6), size
-    assert np.allclose(predict.predict_volume(net, volume, size=(4, 4, 4), flip=True), whole, atol=1e-6)
 
 
 def test_windows_overlap_by_half_and_the_middle_counts_most():
@@ -276,7 +264,7 @@ def test_devices_and_precision():
 def test_namespace_of_the_command_is_enough(scan_and_truth, checkpoint, tmp_path):
     """`predict(args)` can be called from other code with what the parser gives."""
     args = argparse.Namespace(scans=[str(scan_and_truth[0])], checkpoint=str(checkpoint()), out=str(tmp_path / "o"),
-                              labels=None, held_out=False, probability=False, largest_component=True, flip=False,
+                              labels=None, held_out=False, probability=False, largest_component=True,
                               movie=False, batch_size=2, device="cpu", precision="fp32")
     assert predict.predict(args) == [{"name": "kept", "mask": str(tmp_path / "o" / "kept.nii.gz")}]
     assert isinstance(data.read_scan(tmp_path / "o" / "kept.nii.gz"), data.Scan)
