@@ -105,16 +105,17 @@ def life(arguments, fatal, delay):
     sys.exit(train.main(arguments))
 
 
-def test_killed_at_twenty_moments_a_run_ends_as_if_left_alone(run_args, tmp_path, alone):
+@pytest.mark.parametrize(("moments", "seed"), [(6, 2), pytest.param(20, 0, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_a_run_ends_as_if_left_alone(run_args, tmp_path, alone, moments, seed):
     """SIGKILL at seeded moments, about half of them in the middle of a file: of the cache, a log, a checkpoint.
 
     A run that comes to its end is compared, and the next kills are of a new one, with a cold cache.
     """
-    undisturbed, rng, kills, runs = alone(run_args), random.Random(0), [], 0
-    while len(kills) < 20 or kills[-1][0] == runs:  # the last run, too, is taken to its end
+    undisturbed, rng, kills, runs = alone(run_args), random.Random(seed), [], 0
+    while len(kills) < moments or kills[-1][0] == runs:  # the last run, too, is taken to its end
         out = tmp_path / f"killed{runs}"
         arguments = [*run_args, *TINY, "--out", str(out), "--cache", str(out / "cache"), "--resume"]
-        fatal = rng.randrange(45) if len(kills) < 20 else -1  # a run on a cold cache has about 50 events
+        fatal = rng.randrange(45) if len(kills) < moments else -1  # a run on a cold cache has about 50 events
         process = server.Process(target=life, args=(arguments, fatal, rng.uniform(0, 0.05)))
         process.start()
         process.join(60)
@@ -227,7 +228,8 @@ def test_processes_stop_after_the_same_step_whichever_got_the_signal(run_args, t
 @pytest.mark.skipif(not importlib.util.find_spec("lightning"), reason="pip install -r requirements-dev.txt")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("number", "moment"), [(signal.SIGINT, ("clip_gradient", 5)), (signal.SIGTERM, ("evaluate", 2))]
+    ("number", "moment"),
+    [(signal.SIGINT, ("clip_gradient", 5)), pytest.param(signal.SIGTERM, ("evaluate", 2), marks=pytest.mark.slow)],
 )
 def test_lightning_stops_and_goes_on_from_its_last_epoch(run_args, tmp_path, number, moment):
     arguments = [*run_args, *TINY, "--engine", "lightning", "--workers", "1"]
@@ -437,7 +439,7 @@ def test_tensorboard_on_a_full_disk_does_not_spoil_the_run(run_args, tmp_path, m
 # ------------------------------------------------------------------------------------------------------------ long runs
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(12, 2), pytest.param(400, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("epochs", "steps"), [(8, 2), pytest.param(400, 5, marks=pytest.mark.slow)])
 def test_memory_figures_and_open_files_stay_flat(run_args, monkeypatch, epochs, steps):
     """Pictures at every epoch: nothing of an epoch stays. The last three quarters of the run are looked at."""
     samples, write_log = [], train.write_log
