@@ -115,19 +115,21 @@ def our_step(net: nn.Module, image: Tensor, mask: Tensor, loss_function: nn.Modu
     device = image.device
     precision = pick_precision("auto", device)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, weight_decay=0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     image = image.to(memory_format=torch.channels_last)
 
     def step() -> Tensor:
+        before = train.statistics(net)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = net(image)
         loss = loss_function(logits.float(), mask)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        train.clip_gradient(net, 1.0)
+        norm = train.clip_gradient(net, optimizer, 1.0)
         scaler.step(optimizer)
         scaler.update()
+        train.keep_statistics(net, before, norm)
         return loss.detach()
 
     return step
