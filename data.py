@@ -546,15 +546,15 @@ def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tup
     if kind == "none":
         return image, mask
     augmenters = pipeline(kind)
-    from imgaug.augmentables.segmaps import SegmentationMapsOnImage
+    from imgaug.augmentables import Batch, SegmentationMapsOnImage
 
     # What `augmenters.seed_(entropy)` is for, which is slow: it makes a generator for each.
     augmenters.random_state.generator.bit_generator.state = np.random.SFC64(entropy).state
     # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share a warp.
     stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask))
-    labels = SegmentationMapsOnImage(labels, labels.shape)
-    (stack,), (labels,) = augmenters(images=[stack], segmentation_maps=[labels])
-    return tuple(np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels.get_arr(), mask)))
+    done = augmenters.augment_batch_(Batch([stack], segmentation_maps=[SegmentationMapsOnImage(labels, labels.shape)]))
+    stack, labels = done.images_aug[0], done.segmentation_maps_aug[0].get_arr()
+    return tuple(np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels, mask)))
 
 
 # ----------------------------------------------------------------------------------------------------------- data set
@@ -593,9 +593,10 @@ def read_slices(path: Path, first: int, stop: int) -> np.ndarray:
     Read, not mapped: to map and unmap a file for each sample takes longer than to read a slice.
     """
     dtype, (depth, *size), offset = layout(path)
-    first, voxels = max(first, 0), int(np.prod(size))
-    count = (min(stop, depth) - first) * voxels
-    return np.fromfile(path, dtype, count, offset=offset + first * voxels * dtype.itemsize).reshape(-1, *size)
+    first, one = max(first, 0), math.prod(size) * dtype.itemsize  # bytes of a slice
+    with open(path, "rb") as file:
+        file.seek(offset + first * one)
+        return np.frombuffer(file.read((min(stop, depth) - first) * one), dtype).reshape(-1, *size)
 
 
 class SliceDataset(Dataset):

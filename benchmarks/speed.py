@@ -268,7 +268,8 @@ def multiply_adds(s: dict, device: torch.device) -> dict:
     """Training step over MONAI's BasicUNet, UNet, AttentionUnet of their tutorials, per multiply-add, at equal count.
 
     Ours is the default network (batch norm; gates against AttentionUnet) with the width, of 8, 16, 24 and 32, that
-    comes closest in multiply-adds; depth 4 as theirs. Theirs: float32, NCHW, Adam, DiceLoss(sigmoid=True), loss.item().
+    comes closest in multiply-adds, and with width 32, where it has more of them; depth 4 as theirs. Theirs: float32,
+    NCHW, Adam, DiceLoss(sigmoid=True), loss.item().
     """
     from monai.losses import DiceLoss as MonaiDice
 
@@ -281,11 +282,13 @@ def multiply_adds(s: dict, device: torch.device) -> dict:
         steps = {width: our_step(make(width=width), image, mask, DiceLoss()) for width in (8, 16, 24, 32)}
         counts = {width: operations(step) for width, step in steps.items()}
         width = min(counts, key=lambda w, counts=counts, theirs=their_count: abs(counts[w] / theirs - 1))
-        seconds = take_turns({"theirs": their_step, "ours": steps[width]}, s["short_repeats"])
-        ratios = [ratio * their_count / counts[width] for ratio in over(seconds["ours"], seconds["theirs"])]
-        checks.append(check(f"time per multiply-add / MONAI {name} (ours: width {width})", ratios, "at most 0.50"))
+        sides = {width: "at most 0.50"} | ({} if width == 32 else {32: ""})  # 32: how much of it is the narrowness
+        seconds = take_turns({"theirs": their_step} | {f"ours, {w}": steps[w] for w in sides}, s["short_repeats"])
+        for w, goal in sides.items():
+            ratios = [ratio * their_count / counts[w] for ratio in over(seconds[f"ours, {w}"], seconds["theirs"])]
+            checks.append(check(f"time per multiply-add / MONAI {name} (ours: width {w})", ratios, goal))
         every |= {f"{name}, {side}": values for side, values in seconds.items()}
-        every |= {f"{name}, operations": [their_count, counts[width]]}
+        every |= {f"{name}, operations": [their_count, *(counts[w] for w in sides)]}
     return {"checks": checks, "seconds": every}
 
 

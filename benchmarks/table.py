@@ -16,6 +16,7 @@ import tokenize
 from pathlib import Path
 
 import accuracy
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,17 +34,30 @@ def distance(mean: float, std: float) -> str:
     return f"{mean:.2f} ± {std:.2f}" if math.isfinite(mean) else "∞"
 
 
+def minutes_to(dice: float, log: list[dict]) -> str:
+    """Minutes of training and validation until the mean Dice first stood at `dice` after an epoch; empty if never."""
+    passed = 0.0
+    for row in log:
+        passed += row["seconds"] + row["validation_seconds"]
+        if row["dice_mean"] >= dice:
+            return f"{passed / 60:.0f}"
+    return ""
+
+
 def results() -> str:
-    rows = []
-    for path in sorted(RESULTS.glob("*.json")):
+    """The long runs, and how soon they were how good."""
+    rows, levels = [], (0.90, 0.91, 0.92, 0.93)
+    for path in (*sorted(RESULTS.glob("*.json")), *sorted((RESULTS / "ladder").glob("*_volume.json"))):
         record = json.loads(path.read_text())
         mean, std = record["mean"], record["std"]
         rows.append([
-            f"[`{path.stem}`](benchmarks/results/{path.name})", f"{mean['dice']:.4f} ± {std['dice']:.4f}",
+            f"[`{path.stem}`]({path.relative_to(ROOT)})", f"{mean['dice']:.4f} ± {std['dice']:.4f}",
             f"{record['worst_dice']:.4f}", f"{mean['jaccard']:.4f}", distance(mean["hd95"], std["hd95"]),
             distance(mean["assd"], std["assd"]), f"{len(record['log'])}", f"{record['minutes']:.0f}",
+            *(minutes_to(level, record["log"]) for level in levels),
         ])
-    return markdown(["run", "Dice", "worst", "Jaccard", "HD95 mm", "ASSD mm", "epochs", "minutes"], rows)
+    head = ["run", "Dice", "worst", "Jaccard", "HD95 mm", "ASSD mm", "epochs", "minutes"]
+    return markdown([*head, *(f"to {level:.2f}" for level in levels)], rows)
 
 
 def ladder() -> str:
@@ -63,6 +77,23 @@ def ladder() -> str:
                 ])
     head = ["row", "what it changes", "Dice", "worst", "Jaccard", "HD95 voxels", "ASSD voxels", "M weights", "minutes"]
     return markdown(head, rows, text_columns=2)
+
+
+def folds() -> str:
+    """The rows of the ladder that were run on all five folds: each scan scored once, by a network that never saw it."""
+    rows = []
+    for row in (f"{budget}_{name}" for budget in accuracy.BUDGETS for name in accuracy.ROWS):
+        paths = [RESULTS / "ladder" / f"{row}{fold}.json" for fold in ("", *(f"_fold{k}" for k in range(1, 5)))]
+        if all(path.exists() for path in paths):
+            records = [json.loads(path.read_text()) for path in paths]
+            scans = [scan for record in records for scan in record["scores"]]
+            values = {key: np.array([scan[key] for scan in scans]) for key in ("dice", "hd95_voxels", "assd_voxels")}
+            dice = values.pop("dice")
+            rows.append([f"`{row}`", f"{len(scans)}", f"{dice.mean():.4f} ± {dice.std():.4f}", f"{dice.min():.4f}",
+                         *(distance(own.mean(), own.std()) for own in values.values()),
+                         *(f"{record['mean']['dice']:.4f}" for record in records)])
+    head = ["row", "scans", "Dice", "worst", "HD95 voxels", "ASSD voxels", *(f"fold {k}" for k in range(5))]
+    return markdown(head, rows)
 
 
 def published() -> str:
@@ -124,16 +155,14 @@ def files() -> str:
     return markdown(["file", "what it is", "lines of code"], rows, text_columns=2)
 
 
-def blocks() -> dict[str, str]:
-    tables = (("ladder", "ladder", ladder), ("timings", "engines", timings), ("speed", "speed", speed))
-    measured = {name: make() for name, folder, make in tables if (RESULTS / folder).exists()}
-    return {"results": results(), "published": published(), **measured, "files": files()}
-
+BLOCKS = {"results": results, "published": published, "ladder": ladder, "folds": folds, "timings": timings,
+          "speed": speed, "files": files}
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in blocks().items():
+    for name, make in BLOCKS.items():
+        table = make()
         print(table, end="\n\n")
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         text = re.sub(f"{start}.*?{end}", lambda _, whole=f"{start}{table}\n{end}": whole, text, flags=re.S)
