@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --data DIR --budget cpu                    # 2 cores: hours in the background
     python benchmarks/accuracy.py --data DIR --budget gpu                    # one H200: about 25 minutes
-    python benchmarks/accuracy.py --data DIR --budget gpu --limit-batches 2  # a dry run, results in runs/
+    python benchmarks/accuracy.py --data DIR --budget gpu --limit-batches 2  # two epochs of 2 batches, results in runs/
     python benchmarks/accuracy.py --data DIR --budget cpu --only seed norm   # some rows
 
 Rows that have a JSON under benchmarks/results/ladder/ are done and are passed over; a row that was stopped goes on
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--budget", required=True, choices=tuple(BUDGETS), help="how wide and how long")
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=tuple(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--fold", default="0", metavar="K", help="the part that is scored, 0 to 4")
-    parser.add_argument("--limit-batches", metavar="N", help="a dry run: N batches an epoch, results in runs/dry")
+    parser.add_argument("--limit-batches", metavar="N", help="a dry run: 2 epochs of N batches, results in runs/dry")
     args = parser.parse_args()
     results, runs = record.RESULTS / "ladder", "runs/ladder"
     if args.limit_batches:
@@ -69,7 +69,7 @@ def main() -> None:
         # A row that only predicts otherwise takes the run of the row that it changes.
         run = row if own else row.replace(name, ROWS[name][0])
         flags = arguments(name) | ({"fold": args.fold} if args.fold != "0" else {})
-        flags |= BUDGETS[args.budget]["dims" in flags]
+        flags |= BUDGETS[args.budget]["dims" in flags] | ({"epochs": "2"} if args.limit_batches else {})
         command = ["--data", args.data, *shlex.split(" ".join(f"--{flag} {value}" for flag, value in flags.items()))]
         command += ["--limit-batches", args.limit_batches] if args.limit_batches else []
         print(f"\n{row}: {change}", flush=True)
