@@ -16,7 +16,6 @@ import tokenize
 from pathlib import Path
 
 import accuracy
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,11 +34,12 @@ def distance(mean: float, std: float) -> str:
 
 
 def minutes_to(dice: float, log: list[dict]) -> str:
-    """Minutes of training and validation until the mean Dice first stood at `dice` after an epoch; empty if never."""
+    """Minutes of training and validation until the mean Dice first stood at `dice` after an epoch; empty if never, or
+    in a record from before the seconds of validation were kept."""
     passed = 0.0
     for row in log:
-        passed += row["seconds"] + row["validation_seconds"]
-        if row["dice_mean"] >= dice:
+        passed += row["seconds"] + row.get("validation_seconds", math.nan)
+        if row["dice_mean"] >= dice and not math.isnan(passed):
             return f"{passed / 60:.0f}"
     return ""
 
@@ -79,28 +79,11 @@ def ladder() -> str:
     return markdown(head, rows, text_columns=2)
 
 
-def folds() -> str:
-    """The rows of the ladder that were run on all five folds: each scan scored once, by a network that never saw it."""
-    rows = []
-    for row in (f"{budget}_{name}" for budget in accuracy.BUDGETS for name in accuracy.ROWS):
-        paths = [RESULTS / "ladder" / f"{row}{fold}.json" for fold in ("", *(f"_fold{k}" for k in range(1, 5)))]
-        if all(path.exists() for path in paths):
-            records = [json.loads(path.read_text()) for path in paths]
-            scans = [scan for record in records for scan in record["scores"]]
-            values = {key: np.array([scan[key] for scan in scans]) for key in ("dice", "hd95_voxels", "assd_voxels")}
-            dice = values.pop("dice")
-            rows.append([f"`{row}`", f"{len(scans)}", f"{dice.mean():.4f} ± {dice.std():.4f}", f"{dice.min():.4f}",
-                         *(distance(own.mean(), own.std()) for own in values.values()),
-                         *(f"{record['mean']['dice']:.4f}" for record in records)])
-    head = ["row", "scans", "Dice", "worst", "HD95 voxels", "ASSD voxels", *(f"fold {k}" for k in range(5))]
-    return markdown(head, rows)
-
-
 def published() -> str:
     """Scores of the literature (`published.json` cites them) above this project's, distances in voxels."""
     rows = [[row["name"], *(f"{value:.2f}" for value in row["scores"])]
             for row in json.loads((RESULTS / "published" / "published.json").read_text())]
-    for name in ("la2018_width16", "ladder/cpu_volume"):
+    for name in ("la2018_width16", "la2018_width16_repeat", "la2018_width16_component", "ladder/cpu_volume"):
         path = RESULTS / f"{name}.json"
         if path.exists():
             mean = json.loads(path.read_text())["mean"]
@@ -155,8 +138,8 @@ def files() -> str:
     return markdown(["file", "what it is", "lines of code"], rows, text_columns=2)
 
 
-BLOCKS = {"results": results, "published": published, "ladder": ladder, "folds": folds, "timings": timings,
-          "speed": speed, "files": files}
+BLOCKS = {"results": results, "published": published, "ladder": ladder, "timings": timings, "speed": speed,
+          "files": files}
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
