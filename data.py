@@ -552,6 +552,7 @@ def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tup
     augmenters.random_state.generator.bit_generator.state = np.random.SFC64(entropy).state
     # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share a warp.
     stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask))
+    # What `augmenters(...)` calls after checks and copies that are not needed here.
     done = augmenters.augment_batch_(Batch([stack], segmentation_maps=[SegmentationMapsOnImage(labels, labels.shape)]))
     stack, labels = done.images_aug[0], done.segmentation_maps_aug[0].get_arr()
     return tuple(np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels, mask)))
@@ -593,10 +594,10 @@ def read_slices(path: Path, first: int, stop: int) -> np.ndarray:
     Read, not mapped: to map and unmap a file for each sample takes longer than to read a slice.
     """
     dtype, (depth, *size), offset = layout(path)
-    first, one = max(first, 0), math.prod(size) * dtype.itemsize  # bytes of a slice
+    first, nbytes = max(first, 0), math.prod(size) * dtype.itemsize  # of a slice
     with open(path, "rb") as file:
-        file.seek(offset + first * one)
-        return np.frombuffer(file.read((min(stop, depth) - first) * one), dtype).reshape(-1, *size)
+        file.seek(offset + first * nbytes)
+        return np.frombuffer(file.read((min(stop, depth) - first) * nbytes), dtype).reshape(-1, *size)
 
 
 class SliceDataset(Dataset):

@@ -1,6 +1,6 @@
 """Train, predict the held-out scans from files, score the written masks, and keep all of it as one JSON.
 
-    python benchmarks/record.py NAME --data DIR [any other argument of train.py]     # benchmarks/results/NAME.json
+    python benchmarks/record.py NAME --data DIR [others of train.py] [-- others of predict.py]   # results/NAME.json
 
 Every accuracy in the README is read from such a file. It names the command, commit, hardware, versions and date, and
 holds the scores of each scan (of the last epoch, from the masks on disk, distances in mm and in voxels) and the
@@ -85,7 +85,8 @@ def record(
         row |= {f"{key}_voxels": score(mask, truth, (1, 1, 1))[key] for key in ("hd95", "assd")}
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "name"}
     content = {
-        "command": f"python benchmarks/record.py {name} {shown(arguments)}",
+        "command": f"python benchmarks/record.py {name} {shown(arguments)}"
+                   + (f" -- {shlex.join(prediction)}" if prediction else ""),
         "prediction": shlex.join(prediction),
         "change": change,
         "commit": commit(),
@@ -113,4 +114,6 @@ def record(
 
 
 if __name__ == "__main__":
-    record(sys.argv[1], sys.argv[2:])
+    words = [*sys.argv[2:], "--"]
+    end = words.index("--")
+    record(sys.argv[1], words[:end], words[end + 1 : -1])

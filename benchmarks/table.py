@@ -44,10 +44,15 @@ def minutes_to(dice: float, log: list[dict]) -> str:
     return ""
 
 
+def long_runs() -> list[Path]:
+    """Their JSON: the 2D records, and the 3D rows of the ladder."""
+    return sorted(RESULTS.glob("*.json")) + sorted((RESULTS / "ladder").glob("*_volume.json"))
+
+
 def results() -> str:
     """The long runs, and how soon they were how good."""
     rows, levels = [], (0.90, 0.91, 0.92, 0.93)
-    for path in (*sorted(RESULTS.glob("*.json")), *sorted((RESULTS / "ladder").glob("*_volume.json"))):
+    for path in long_runs():
         record = json.loads(path.read_text())
         mean, std = record["mean"], record["std"]
         rows.append([
@@ -83,15 +88,12 @@ def published() -> str:
     """Scores of the literature (`published.json` cites them) above this project's, distances in voxels."""
     rows = [[row["name"], *(f"{value:.2f}" for value in row["scores"])]
             for row in json.loads((RESULTS / "published" / "published.json").read_text())]
-    for name in ("la2018_width16", "la2018_width16_repeat", "la2018_width16_component", "ladder/cpu_volume"):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            mean = json.loads(path.read_text())["mean"]
-            # The first record has only mm; these volumes are 0.625 mm in every direction.
-            voxels = [mean.get(f"{key}_voxels", mean[key] / 0.625) for key in ("hd95", "assd")]
-            scores = (100 * mean["dice"], 100 * mean["jaccard"], *voxels)
-            link = f"here: [`{path.stem}`](benchmarks/results/{name}.json)"
-            rows.append([link, *(f"{value:.2f}" for value in scores)])
+    for path in long_runs():
+        mean = json.loads(path.read_text())["mean"]
+        # The first record has only mm; these volumes are 0.625 mm in every direction.
+        voxels = [mean.get(f"{key}_voxels", mean[key] / 0.625) for key in ("hd95", "assd")]
+        scores = (100 * mean["dice"], 100 * mean["jaccard"], *voxels)
+        rows.append([f"here: [`{path.stem}`]({path.relative_to(ROOT)})", *(f"{value:.2f}" for value in scores)])
     return markdown(["trained and scored on", "Dice %", "Jaccard %", "HD95", "ASSD"], rows)
 
 

@@ -18,6 +18,7 @@ def test_ladder_runs_dry_and_goes_on_where_it_was(phantoms, tmp_path):
     plain, largest = (json.loads((results / f"cpu_{name}.json").read_text()) for name in ("default", "component"))
     assert sorted(os.listdir(results.parent)) == ["cpu_default", "results"]  # no training of its own
     assert plain["log"] == largest["log"] and plain["scores"] != largest["scores"]
+    assert largest["command"].endswith(" -- --largest-component") and " -- " not in plain["command"]
     assert str(phantoms) not in plain["command"] and "--width 8" in plain["command"] and plain["prediction"] == ""
     for row in plain["scores"]:
         assert 0 <= row["dice"] <= 1 and row["assd_voxels"] != row["assd"]
