@@ -32,6 +32,8 @@ ROWS = {
     "normalise": ("augment", "percentile instead of min-max", {"normalise": "percentile"}, []),
     "default": ("normalise", "four poolings: the default", {"depth": "4"}, []),
     "zscore": ("default", "z-score instead of percentile", {"normalise": "zscore"}, []),
+    "geometry": ("default", "only the geometry augmented", {"augment": "seed"}, []),
+    "batch": ("default", "8 slices a batch instead of 16: twice the steps", {"batch-size": "8"}, []),
     "attention": ("default", "attention gates", {"attention": ""}, []),
     "neighbours": ("default", "the slices above and below as channels (2.5D)", {"neighbours": "1"}, []),
     "volume": ("default", "3D: patches instead of slices", {"dims": "3"}, []),
@@ -40,7 +42,7 @@ ROWS = {
 BUDGETS = {  # for slices, and for patches, where an epoch is shorter
     "cpu": ({"width": "8", "epochs": "3"}, {"width": "16", "epochs": "20", "spacing": "1.25"}),
     # A GPU trains on more slices a second than train.py's few workers augment.
-    "gpu": ({"width": "32", "epochs": "20", "workers": "12"}, {"width": "32", "epochs": "50", "workers": "12"}),
+    "gpu": ({"width": "32", "epochs": "16", "workers": "12"}, {"width": "32", "epochs": "50", "workers": "12"}),
 }
 
 

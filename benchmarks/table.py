@@ -16,6 +16,7 @@ import tokenize
 from pathlib import Path
 
 import accuracy
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -84,6 +85,24 @@ def ladder() -> str:
     return markdown(head, rows, text_columns=2)
 
 
+def folds() -> str:
+    """The rows of the ladder that were run on all five folds: each scan scored once, by a network that never saw it."""
+    rows = []
+    for row in (f"{budget}_{name}" for budget in accuracy.BUDGETS for name in accuracy.ROWS):
+        paths = [RESULTS / "ladder" / f"{row}{fold}.json" for fold in ("", *(f"_fold{k}" for k in range(1, 5)))]
+        if all(path.exists() for path in paths):
+            records = [json.loads(path.read_text()) for path in paths]
+            scans = [scan for record in records for scan in record["scores"]]
+            columns = ([scan[key] for scan in scans] for key in ("dice", "jaccard", "hd95_voxels", "assd_voxels"))
+            dice, jaccard, *distances = ((np.mean(column), np.std(column)) for column in columns)
+            rows.append([f"`{row}`", f"{len(scans)}", "{:.4f} ± {:.4f}".format(*dice),
+                         f"{min(scan['dice'] for scan in scans):.4f}", f"{jaccard[0]:.4f}",
+                         *(distance(*both) for both in distances),
+                         *(f"{record['mean']['dice']:.4f}" for record in records)])
+    head = ["row", "scans", "Dice", "worst", "Jaccard", "HD95 voxels", "ASSD voxels"]
+    return markdown([*head, *(f"fold {k}" for k in range(5))], rows)
+
+
 def published() -> str:
     """Scores of the literature (`published.json` cites them) above this project's, distances in voxels."""
     rows = [[row["name"], *(f"{value:.2f}" for value in row["scores"])]
@@ -140,8 +159,8 @@ def files() -> str:
     return markdown(["file", "what it is", "lines of code"], rows, text_columns=2)
 
 
-BLOCKS = {"results": results, "published": published, "ladder": ladder, "timings": timings, "speed": speed,
-          "files": files}
+BLOCKS = {"results": results, "published": published, "ladder": ladder, "folds": folds, "timings": timings,
+          "speed": speed, "files": files}
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
