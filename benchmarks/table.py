@@ -46,8 +46,9 @@ def minutes_to(dice: float, log: list[dict]) -> str:
 
 
 def long_runs() -> list[Path]:
-    """Their JSON: the 2D records, and the 3D rows of the ladder."""
-    return sorted(RESULTS.glob("*.json")) + sorted((RESULTS / "ladder").glob("*_volume.json"))
+    """Their JSON, the records and the 3D rows of the ladder, the highest Dice first."""
+    paths = [*RESULTS.glob("*.json"), *(RESULTS / "ladder").glob("*_volume.json")]
+    return sorted(paths, key=lambda path: -json.loads(path.read_text())["mean"]["dice"])
 
 
 def results() -> str:
