@@ -4,7 +4,8 @@ Contract: a folder of NIfTI scans and masks in (`data.py` names the layouts), a 
 epoch of the highest validation Dice), log.csv, split.json, args.json, pictures; TensorBoard events under --logs.
 Validation is per scan, in the scan's own space. On a CPU a run is exact: killed and resumed, or left alone, it ends
 with the same weights to the last bit. Ctrl-C and SIGTERM finish the step and save it (Lightning's engine goes on from
-its last epoch instead); exit code 130 or 143.
+its last epoch instead); exit code 130 or 143. With 64 scans of the left atrium, an hour on two CPU cores (`--width 16
+--epochs 12`) gives a Dice of about 0.915 on others: see the README.
 
     python train.py --data phantom --width 8                     # synthetic scans: minutes on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
