@@ -4,35 +4,34 @@
 
 Contract: a scan is an array (D, H, W), slices first and upright for `imshow`: with axial slices the axes run to the
 patient's superior, posterior and left side (radiological view). Spacing is (D, H, W) in mm. A mask is uint8, 0 or 1.
-A sample is image float32 (1, H, W) of mean 0 and deviation 1 over its scan, and mask float32 (1, H, W): one slice; or
-both (1, D, H, W): a patch.
+A sample is an image, float32 (1, H, W), and its mask, float32 (1, H, W): one slice; in 3D both are (1, D, H, W).
 
     python data.py DIR                      # check a data set: what is in it, and every problem with its file
     python data.py DIR --label 1 2          # the values of the label files that are foreground (default: all but 0)
 
 Layouts of DIR: `imagesTr/` + `labelsTr/` (Medical Segmentation Decathlon, nnU-Net), or `images/` + `labels/`; `.nii` or
-`.nii.gz`; scan and label have the same name (nnU-Net's `_0000` at the end of a scan's name is understood).
+`.nii.gz`; a scan and its label have the same name. Where every scan ends in nnU-Net's `_0000`, that is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
+import csv
 import hashlib
 import io
 import json
 import math
 import os
-import shutil
+import re
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import nibabel as nib
@@ -43,19 +42,21 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-# Directions of the array's axes for each slice axis, so that every slice is upright: sagittal, coronal, axial.
+# For each slice axis (0 sagittal, 1 coronal, 2 axial): where D, H, W run to, so that every slice is upright, ...
 PLANES = ("LIP", "PIL", "SPL")
-CACHE_VERSION = 1  # Part of every cache key: raise it when `preprocess` changes.
-# The most memory that one scan may ask for, in GB; the commands' --max-gb sets it. Half of the machine's, since a scan
-# that is normalised or predicted is there about twice.
-try:
-    MAX_GB = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
-except (AttributeError, ValueError, OSError):  # Windows
-    MAX_GB = 8.0
+# ... and which of the patient's axes that is: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
+PATIENT_AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
+CACHE_VERSION = 2  # Part of every cache key: raise it when `preprocess` changes.
 
 
 class DataError(ValueError):
     """Something is wrong with the user's files or arguments: one line that names it and says what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a DataError with this message unless the condition holds."""
+    if not condition:
+        raise DataError(message)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -66,90 +67,110 @@ class Pair(NamedTuple):
 
     name: str
     image: Path
-    label: Path | None = None
+    label: Path
 
 
-def nifti_files(folder: Path) -> dict[str, Path]:
-    """NIfTI files of a folder by scan name, hidden ones (`._la_003.nii.gz` of macOS archives) left out."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith((".nii", ".nii.gz")):
-            continue
-        name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-        if name in files:
-            raise DataError(f"{path}: {files[name].name} is a scan of the same name; keep one of the two")
-        files[name] = path
-    return files
+@contextlib.contextmanager
+def one_line(path: str | Path) -> Iterator[None]:
+    """Turn what the file system says about `path` (disk full, no permission) into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file beside `path`, then rename it: a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
+    with one_line(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows of the same keys as a table, whole or not at all."""
+    table = csv.DictWriter(text := io.StringIO(), list(rows[0]))
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def nifti_files(folder: Path) -> list[Path]:
+    """NIfTI files of a folder, sorted; hidden ones (`._la_003.nii.gz` of macOS archives) are left out.
+
+    Raises:
+        DataError: a folder that cannot be read, or holds no such file.
+    """
+    with one_line(folder):
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    scans = [path for path in paths if path.name.lower().endswith((".nii", ".nii.gz"))]
+    others = ", ".join(path.name for path in paths[:3]) or "nothing"
+    require(scans, f"{folder}: holds no .nii or .nii.gz file, but {others}; convert other formats to NIfTI")
+    return scans
+
+
+def by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by scan name: without `.nii.gz`, and without `_0000`, nnU-Net's number of the channel, if all end so.
+
+    Raises:
+        DataError: two files of one name.
+    """
+    names = [re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE) for path in paths]
+    if all(name.endswith("_0000") for name in names):
+        names = [name.removesuffix("_0000") for name in names]
+    twice = [str(path) for name, path in zip(names, paths, strict=True) if names.count(name) > 1]
+    require(not twice, f"{', '.join(twice)}: scans of the same name; rename or remove all but one")
+    return dict(zip(names, paths, strict=True))
 
 
 def match_files(root: str | Path) -> tuple[list[Pair], list[str]]:
     """Pairs of a labelled data set, sorted by name, and a line for each kind of file that has no partner."""
     root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: not a folder; give one that holds imagesTr/ and labelsTr/")
-    for images, masks in (("imagesTr", "labelsTr"), ("images", "labels")):
-        if (root / images).is_dir() and (root / masks).is_dir():
-            break
-    else:
-        found = ", ".join(sorted(d.name for d in root.iterdir() if d.is_dir())) or "no folder"
-        raise DataError(f"{root}: holds {found}; expected imagesTr/ and labelsTr/, or images/ and labels/")
-    scans, truths = nifti_files(root / images), nifti_files(root / masks)
-    if not scans:
-        raise DataError(f"{root / images}: holds no .nii or .nii.gz file")
+    require(root.is_dir(), f"{root}: not a folder; give one with imagesTr/ and labelsTr/ (phantom.py writes one)")
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    found, tail = ", ".join(folders) or "no folder", "Tr" if "labelsTr" in folders else ""
+    images, labels = root / f"images{tail}", root / f"labels{tail}"
+    both = images.is_dir() and labels.is_dir()
+    require(both, f"{root}: holds {found}; expected imagesTr/ and labelsTr/, or images/ and labels/")
+    scans, masks = by_name(nifti_files(images)), by_name(nifti_files(labels))
     problems = []
-    for have, lack, what in ((scans, truths, f"label in {masks}/"), (truths, scans, f"scan in {images}/")):
-        alone = sorted(have.keys() - lack.keys())
-        if alone:
-            problems.append(f"{root}: {len(alone)} without {what}: {', '.join(alone)}; add or remove them")
-    return [Pair(name, path, truths[name]) for name, path in scans.items() if name in truths], problems
+    for folder, have, lack, other in ((images, scans, masks, labels), (labels, masks, scans, images)):
+        if alone := ", ".join(sorted(have.keys() - lack.keys())):
+            problems.append(f"{folder}: {alone}: no file of that name in {other.name}/; add it, or remove this one")
+    return [Pair(name, path, masks[name]) for name, path in scans.items() if name in masks], problems
 
 
-def find_pairs(root: str | Path, labels: bool = True) -> list[Pair]:
-    """Scans of a folder, sorted by name, with their label files; or, with `labels=False`, scans to predict.
-
-    Scans to predict are those of `imagesTs/`, `images/`, `imagesTr/` or the folder itself, the first that exists.
-    Names decide, so `dataset.json` is not needed, nor can its entries lead out of the folder. Links are followed
-    wherever they lead: data sets made of links (datalad, a cluster's storage) are common, a link opens no file that its
-    reader may not open anyway, and what it leads to is read as a NIfTI file or refused.
+def find_pairs(root: str | Path) -> list[Pair]:
+    """Scans of a data set with their label files, sorted by name; names decide, `dataset.json` is not read.
 
     Raises:
         DataError: no folder, no scans, a scan without label, a label without scan, two files of one name.
     """
-    root = Path(root)
-    if labels or not root.is_dir():
-        pairs, problems = match_files(root)
-        if problems:
-            raise DataError("; ".join(problems))
-        return pairs
-    folder = next(d for d in (root / "imagesTs", root / "images", root / "imagesTr", root) if d.is_dir())
-    pairs = [Pair(name, path) for name, path in nifti_files(folder).items()]
-    if not pairs:
-        raise DataError(f"{folder}: holds no .nii or .nii.gz file")
+    pairs, problems = match_files(root)
+    require(not problems, "; ".join(problems))
     return pairs
 
 
 def split_scans(names: Sequence[str], folds: int, fold: int | str) -> dict[str, list[str]]:
     """Training and validation scans of one fold: every `folds`-th of the sorted names, from number `fold` on.
 
-    Whole scans, one per patient, go to one side; slices of a patient on both sides would be scored from memory.
+    Whole scans, one per patient, go to one side: a network that has seen one slice of a patient knows the next.
     `fold="all"` trains on everything and validates on nothing.
 
     Raises:
-        DataError: a fold outside 0 to folds - 1, more folds than scans, or a name that occurs twice.
+        DataError: a fold outside 0 to folds - 1, or more folds than scans.
     """
     names = sorted(names)
-    if len(set(names)) != len(names):
-        raise DataError(f"two scans have the same name: {next(n for n in names if names.count(n) > 1)}")
     if fold == "all":
         return {"train": names, "val": []}
-    if len(names) < 2:
-        raise DataError(f"{len(names)} scan: it cannot be split; add scans, or train without validation by --fold all")
-    if not 2 <= folds <= len(names):
-        raise DataError(f"--folds {folds}: expected 2 to {len(names)}, the number of scans (or --fold all)")
-    if not 0 <= int(fold) < folds:
-        raise DataError(f"--fold {fold}: expected 0 to {folds - 1}, or all")
+    require(2 <= folds <= len(names), f"--folds {folds}: expected 2 to {len(names)}, the number of scans")
+    require(str(fold) in map(str, range(folds)), f"--fold {fold}: expected 0 to {folds - 1}, or all")
     val = names[int(fold) :: folds]
-    return {"train": [name for name in names if name not in set(val)], "val": val}
+    return {"train": [name for name in names if name not in val], "val": val}
 
 
 # ---------------------------------------------------------------------------------------------------- scans and masks
@@ -161,54 +182,36 @@ class Scan:
 
     array: np.ndarray  # float32 (D, H, W)
     spacing: tuple[float, float, float]  # mm, (D, H, W)
-    source: nib.Nifti1Image  # the file: header, affine, shape; its data is not kept
-    to_file: np.ndarray  # nibabel orientation transform from the array's axes to the file's
+    source: nib.Nifti1Image  # the file: header, affine, shape; its voxels are not kept
+    axis: int  # slice axis, see PLANES
 
     def restore(self, array: np.ndarray) -> np.ndarray:
         """An array (D, H, W) on this scan's grid, back on the axes and of the shape of the file."""
-        return apply_orientation(array, self.to_file).reshape(self.source.shape)
-
-
-def check_memory(shape: Sequence[int], what: str) -> None:
-    """Refuse an array that this machine could not hold before anything is allocated: a header may claim any size."""
-    gigabytes = 16 * math.prod(shape) / 1e9  # a voxel: as stored, as float64 where nibabel scales it, as float32
-    if gigabytes > MAX_GB:
-        raise DataError(f"{what}: {' x '.join(map(str, shape))} voxels take {gigabytes:.3g} GB, more than --max-gb "
-                        f"{MAX_GB:.3g}; correct the header, or raise --max-gb if it is right")
-
-
-def check_offset(path: str | Path) -> None:
-    """Refuse a header whose voxels begin past 16 MB: nibabel would unpack all that lies before them into memory."""
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-        head = file.read(540)
-    for kind, length in ((nib.Nifti1Header, 348), (nib.Nifti2Header, 540)):
-        if kind.may_contain_header(head):
-            offset = float(kind(head[:length], check=False)["vox_offset"])
-            if not offset <= 2**24:
-                raise ValueError(f"its voxels begin at byte {offset:g}")
+        way_back = ornt_transform(axcodes2ornt(PLANES[self.axis]), io_orientation(self.source.affine))
+        return apply_orientation(array, way_back).reshape(self.source.shape)
 
 
 def open_nifti(path: str | Path) -> nib.Nifti1Image:
-    """Header of a NIfTI file that holds one real volume; the voxels stay on disk."""
-    if not Path(path).is_file():  # a folder, a pipe that nobody fills, a link to nothing
-        raise DataError(f"{path}: no such file; if it is a link, fetch what it leads to (`datalad get`), or remove it")
+    """Header of a NIfTI file that holds one volume; the voxels stay on disk. Raises DataError for any other file."""
     try:
-        check_offset(path)
-        image = nib.load(path)
+        image, on_disk = nib.load(path), os.stat(path).st_size
+        if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
+            raise TypeError(f"it is a {type(image).__name__}")
     except Exception as error:  # a damaged header makes nibabel raise anything, from its own errors to OverflowError
         raise DataError(f"{path}: not a readable NIfTI file ({first_line(error)}); export it again") from None
-    if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
-        raise DataError(f"{path}: is {type(image).__name__}; expected NIfTI (.nii or .nii.gz)")
-    if len(image.shape) < 3 or any(n != 1 for n in image.shape[3:]) or min(image.shape) < 1:
-        raise DataError(f"{path}: shape is {image.shape}; expected one volume of three axes")
-    if image.get_data_dtype().kind not in "iuf":
-        raise DataError(f"{path}: voxels are {image.get_data_dtype()}; expected integers or floats")
-    with np.errstate(all="ignore"):  # of nonsense the answer is nan, which passes no comparison
-        steps = nib.affines.voxel_sizes(image.affine)  # along the file's axes, which may not lie in one plane
-        placed = np.isfinite(image.affine).all() and ((steps > 1e-6) & (steps < 1e6)).all()
-        if not placed or not abs(np.linalg.det(image.affine[:3, :3] / steps)) > 1e-3:
-            raise DataError(f"{path}: the affine is singular (spacing {listed(steps)} mm); set the sform or qform")
-    check_memory(image.shape[:3], str(path))
+    shape, dtype = image.shape, image.get_data_dtype()
+    claimed = image.dataobj.offset + math.prod(shape) * dtype.itemsize
+    # A byte of a .gz file unpacks to 1,032 bytes at most: a header that claims more is wrong, and nothing is allocated.
+    possible = on_disk * (1032 if str(path).lower().endswith(".gz") else 1)
+    with np.errstate(all="ignore"):  # of a nonsense affine the answer is nan, which passes no comparison
+        spacing = nib.affines.voxel_sizes(image.affine)  # along the file's axes
+        volume = abs(np.linalg.det(image.affine[:3, :3] / spacing))  # of the axes as vectors of length 1
+    require(len(shape) >= 3 and set(shape[3:]) <= {1}, f"{path}: shape is {shape}; expected one volume of three axes")
+    require(dtype.kind in "iuf", f"{path}: voxels are {dtype}; expected integers or floats")
+    require(0 < claimed <= possible, f"{path}: its header claims {claimed:,} bytes, it has {on_disk:,}; copy it again")
+    told = f"a voxel is {listed(spacing, ' x ')} mm, expected 0.05 to 20; correct the affine (metres? microns?)"
+    require(((spacing >= 0.05) & (spacing <= 20)).all(), f"{path}: {told}")
+    require(volume > 1e-3, f"{path}: the affine is singular, its axes lie in one plane; set the sform or qform")
     return image
 
 
@@ -217,8 +220,26 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
+def listed(values: np.ndarray, between: str = ", ") -> str:
+    """The first values of an array, for a message."""
+    return between.join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
+
+
+def read_voxels(image: nib.Nifti1Image, path: str | Path) -> np.ndarray:
+    """The voxels as stored (I, J, K), in the file's dtype unless its header scales them."""
+    try:
+        return np.asanyarray(image.dataobj).reshape(image.shape[:3])
+    except Exception as error:  # as in open_nifti
+        raise DataError(f"{path}: its voxels cannot be read ({first_line(error)}); copy it again") from None
+
+
+def upright(array: np.ndarray, affine: np.ndarray, axis: int) -> np.ndarray:
+    """An array (I, J, K) as stored, on the upright axes (D, H, W) of PLANES[axis]; nothing is interpolated."""
+    return apply_orientation(array, ornt_transform(io_orientation(affine), axcodes2ornt(PLANES[axis])))
+
+
 def read_scan(path: str | Path, axis: int = 2) -> Scan:
-    """Read a scan of any orientation, oblique included, onto the upright axes of `PLANES[axis]`.
+    """Read a scan of any orientation onto the upright axes of `PLANES[axis]`.
 
     An oblique scan keeps its voxels and goes to the closest of the 48 orientations: nothing is interpolated.
     NaN and infinite voxels become the lowest finite one, with a warning.
@@ -231,82 +252,80 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
         DataError: a file that is no NIfTI, damaged, not one volume of real numbers, or without a finite voxel.
     """
     image = open_nifti(path)
-    try:
-        array = np.asanyarray(image.dataobj).reshape(image.shape[:3])
-    except Exception as error:  # as above
-        reason = first_line(error)
-        raise DataError(f"{path}: the voxels cannot be read ({reason}); the file is damaged, copy it again") from None
-    stored, upright = io_orientation(image.affine), axcodes2ornt(PLANES[axis])
-    array = np.ascontiguousarray(apply_orientation(array, ornt_transform(stored, upright)), dtype=np.float32)
+    array = np.array(upright(read_voxels(image, path), image.affine, axis), np.float32, order="C")
     finite = np.isfinite(array)
+    require(finite.any(), f"{path}: no voxel is finite; export it again")
     if not finite.all():
-        if not finite.any():
-            raise DataError(f"{path}: no voxel is finite; export it again")
         count = np.count_nonzero(~finite)
         warnings.warn(f"{path}: {count} voxels are NaN or infinite; set to the lowest finite one", stacklevel=2)
         array[~finite] = array[finite].min()
-    return Scan(array, oriented_spacing(image, axis), image, ornt_transform(upright, stored))
+    spacing = np.array(patient_spacing(image))[list(PATIENT_AXES[axis])]
+    return Scan(array, tuple(spacing.tolist()), image, axis)
 
 
-def oriented_spacing(image: nib.Nifti1Image, axis: int = 2) -> tuple[float, float, float]:
-    """Spacing in mm along the upright axes of `PLANES[axis]`, from the header alone."""
-    transform = ornt_transform(io_orientation(image.affine), axcodes2ornt(PLANES[axis]))
-    by_file_axis = nib.affines.voxel_sizes(image.affine)
+def patient_spacing(image: nib.Nifti1Image) -> list[float]:
+    """Spacing in mm along the patient's axes: left-right, posterior-anterior, inferior-superior; of an oblique scan
+    along those that are closest."""
     spacing = np.zeros(3)
-    spacing[transform[:, 0].astype(int)] = by_file_axis
-    return tuple(round(float(step), 6) for step in spacing)  # 6 digits: what float32 headers hold
+    spacing[io_orientation(image.affine)[:, 0].astype(int)] = nib.affines.voxel_sizes(image.affine)
+    return spacing.round(6).tolist()  # 6 digits: what float32 headers hold
 
 
-def read_mask(path: str | Path, scan: Scan, axis: int = 2, label: Sequence[int] | None = None) -> np.ndarray:
+def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) -> np.ndarray:
     """The foreground of a label file, uint8 (D, H, W) on the grid of its scan.
+
+    A label on the same grid in space whose axes are stored in another order or direction is turned.
 
     Args:
         label: values that are foreground; None means every value but 0.
 
     Raises:
-        DataError: values that are not whole and non-negative, or a grid that is not the scan's: another shape, or an
-            affine that differs by more than 1e-3 mm in an entry (a smaller difference is a warning).
+        DataError: values that are not whole (within 0.01) and non-negative, or a grid that is not the scan's: another
+            shape, or an affine that differs by more than 1e-3 mm in an entry (a smaller difference is a warning).
     """
-    mask = read_scan(path, axis)
-    if mask.source.shape[:3] != scan.source.shape[:3]:
-        raise DataError(f"{path}: shape is {mask.source.shape}, its scan's is {scan.source.shape}; they must be equal")
-    off = float(np.abs(mask.source.affine - scan.source.affine).max())
-    if off > 1e-3:
-        raise DataError(f"{path}: the affine differs from its scan's by {off:.3g} mm; resample the label to the scan")
+    image, goal = open_nifti(path), scan.source.affine
+    array, affine = read_voxels(image, path), image.affine
+    if np.abs(affine - goal).max() > 1e-3:
+        turn = ornt_transform(io_orientation(affine), io_orientation(goal))
+        affine = affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
+        array = apply_orientation(array, turn)
+    shape, off = scan.source.shape[:3], float(np.abs(affine - goal).max())
+    require(array.shape == shape, f"{path}: shape is {array.shape}, its scan's is {shape}; they must be equal")
+    require(off <= 1e-3, f"{path}: the affine differs from its scan's by {off:.3g} mm; resample the label to the scan")
     if off:
         warnings.warn(f"{path}: the affine differs from its scan's by {off:.1e} mm; the scan's is used", stacklevel=2)
-    values = np.unique(mask.array)
-    if (values != np.rint(values)).any() or values[0] < 0:
-        raise DataError(f"{path}: values are {listed(values)}; expected whole numbers from 0 (0 is background)")
-    foreground = mask.array > 0 if label is None else np.isin(mask.array, list(label))
-    return foreground.astype(np.uint8)
-
-
-def listed(values: np.ndarray) -> str:
-    """The first values of a sorted array, for a message."""
-    return ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
+    values = np.unique(array)
+    rounding = float(np.abs(values - np.rint(values)).max())  # nan passes no comparison
+    whole = rounding <= 0.01 and values[0] > -0.5
+    require(whole, f"{path}: values are {listed(values)}; expected whole numbers from 0 (0 is background)")
+    if rounding:
+        warnings.warn(f"{path}: values are {listed(values)}; rounded to whole numbers", stacklevel=2)
+        array = np.rint(array)
+    foreground = array > 0 if label is None else np.isin(array, list(label))
+    # The scan's affine, not the label's own: at 45 degrees a last digit decides which axis is the closest.
+    return np.ascontiguousarray(upright(foreground, goal, scan.axis), dtype=np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------------- preprocess
 
 
 def resize(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """(D, H, W) array stretched to another shape: trilinear for float arrays, nearest neighbour for masks."""
-    if tuple(array.shape) == tuple(shape):
+    """(D, H, W) array stretched to another shape, linearly; of a uint8 mask, the voxels that are more than half in."""
+    if array.shape == tuple(shape):
         return array
-    voxels = torch.from_numpy(array)[None, None]
-    if array.dtype == np.uint8:
-        return F.interpolate(voxels, size=tuple(shape), mode="nearest-exact")[0, 0].numpy()
-    return F.interpolate(voxels.float(), size=tuple(shape), mode="trilinear", align_corners=False)[0, 0].numpy()
+    voxels = torch.from_numpy(np.float32(array))[None, None]
+    voxels = F.interpolate(voxels, size=tuple(shape), mode="trilinear", align_corners=False)[0, 0].numpy()
+    # Nearest neighbour would shift a mask that is halved by half a fine voxel.
+    return np.uint8(voxels > 0.5) if array.dtype == np.uint8 else voxels
 
 
-def preprocess(array: np.ndarray, spacing: Sequence[float], recipe: dict) -> np.ndarray:
+def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict) -> np.ndarray:
     """A scan, or its mask, as the network sees it: the one function that training and prediction share.
 
     Args:
-        array: float scan or uint8 mask (D, H, W).
+        array: float32 scan or uint8 mask (D, H, W).
         spacing: (D, H, W) in mm.
-        recipe:
+        how:
             spacing: (D, H, W) in mm to resample to where a scan's own is more than 15 % off; None for an axis that
                 stays as it is (the slice axis, in 2D).
             crop: voxels to cut off each border of a slice.
@@ -317,169 +336,112 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], recipe: dict) -> np.
         float16 scan (half the memory; its steps are 1/1000 of a deviation, far below MRI noise) or uint8 mask.
 
     Raises:
-        DataError: a constant scan, one not larger than the crop, or one whose spacing would blow it up.
+        DataError: a scan of one value, or one that is not larger than the crop.
     """
-    factors = [have / (want or have) for have, want in zip(spacing, recipe["spacing"], strict=True)]
+    factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
     # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales anyway.
     if any(abs(factor - 1) > 0.15 for factor in factors):
-        shape = [max(round(n * factor), 1) for n, factor in zip(array.shape, factors, strict=True)]
-        check_memory(shape, f"spacing {' x '.join(f'{step:g}' for step in spacing)} mm, resampled")
-        array = resize(array, shape)
-    crop = recipe["crop"]
-    if crop:
-        if min(array.shape[1:]) <= 2 * crop:
-            raise DataError(f"a slice is {array.shape[1]} x {array.shape[2]}; --crop {crop} leaves nothing of it")
-        array = array[:, crop:-crop, crop:-crop]
+        array = resize(array, [max(round(n * factor), 1) for n, factor in zip(array.shape, factors, strict=True)])
+    crop = how["crop"]
+    require(min(array.shape[1:]) > 2 * crop, f"slices are {array.shape[1:]}; --crop {crop} leaves nothing")
+    array = array[:, crop : array.shape[1] - crop, crop : array.shape[2] - crop]
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    if recipe["normalise"] == "percentile":
-        array = array.clip(*np.percentile(array, (0.5, 99.5)))
+    if how["normalise"] == "percentile":
+        array = array.clip(*np.percentile(array, (0.5, 99.5)).astype(np.float32))
     low, high = float(array.min()), float(array.max())
-    if low == high:
-        raise DataError(f"every voxel is {low:g}; there is nothing to see in this scan")
-    if recipe["normalise"] == "minmax":
+    share = "more than 99 % of the voxels are" if how["normalise"] == "percentile" else "every voxel is"
+    require(low < high, f"{share} {low:g}; remove this scan, or try --normalise zscore")
+    if how["normalise"] == "minmax":
         return ((array - low) / (high - low)).astype(np.float16)
-    return ((array - array.mean(dtype=float)) / array.std(dtype=float)).astype(np.float16)
+    array = array - float(array.mean(dtype=float))  # a Python float: numpy's own would make the array float64
+    return (array / math.sqrt(np.square(array).mean(dtype=float))).astype(np.float16)
 
 
-def undo_preprocess(probability: np.ndarray, shape: Sequence[int], recipe: dict) -> np.ndarray:
+def undo_preprocess(probability: np.ndarray, shape: Sequence[int], how: dict) -> np.ndarray:
     """Probabilities float32 of a preprocessed scan back on the grid that it had: (D, H, W) = `shape`.
 
     What the crop cut off comes back as 0. Probabilities, not masks, are stretched, so that borders stay smooth.
     """
-    if recipe["crop"]:
-        probability = np.pad(probability, ((0, 0), *[(recipe["crop"], recipe["crop"])] * 2))
-    return resize(probability, shape)
+    return resize(np.pad(probability, ((0, 0), *[(how["crop"], how["crop"])] * 2)), shape)
+
+
+def crop_or_pad(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Crop or pad the last axes, about the centre, to `size`, (H, W) or (D, H, W). Padding is 0, a z-scored mean."""
+    surplus = np.array(array.shape[-len(size) :]) - size
+    cut, fill = surplus.clip(min=0), (-surplus).clip(min=0)
+    array = array[(..., *(slice(n // 2, n // 2 + want) for n, want in zip(cut, size, strict=True)))]
+    if not fill.any():
+        return array  # np.pad copies, and takes longer than to read a slice
+    return np.pad(array, [(0, 0)] * (array.ndim - len(size)) + [(n // 2, n - n // 2) for n in fill])
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
-@dataclass(frozen=True)
-class CachedScan:
-    """A preprocessed scan on disk. `slices` are those in use, all unless `--overfit` picks one."""
+class CachedScan(NamedTuple):
+    """A preprocessed scan on disk, slices first. `scan.open("image")` is float16 (D, H, W), as the network sees it;
+    "mask" is uint8 on the same grid; "truth" is uint8 on the scan's own grid, and what is scored against."""
 
     name: str
-    image: Path  # float16 (D, H, W)
-    mask: Path  # uint8, same shape
-    truth: Path  # uint8, the mask on the scan's own grid; the same file as `mask` where nothing was resampled
-    spacing: tuple[float, float, float]  # mm, of the scan's own grid
-    slices: tuple[int, ...]
-    foreground: tuple[int, ...]  # voxels of the mask in each of `slices`
+    folder: Path
+
+    def open(self, kind: str) -> np.ndarray:
+        return open_array(self.folder / f"{kind}.npy")
 
 
-def identity(path: Path) -> list:
+@cache
+def open_array(path: Path) -> np.ndarray:
+    """A .npy file mapped into memory: pages are read when touched, and shared by all processes. Opened once in each."""
+    return np.load(path, mmap_mode="r")
+
+
+def fingerprint(path: Path) -> list:
     """What tells a file from any other and from a later one of its name: path, bytes, times of the last change in ns.
 
     Programs that copy or unpack set the first time to what they like; the second is the system's own.
     """
-    if not path.exists():  # a link to nothing: whoever reads it says so
-        return [str(path)]
-    status = path.stat()
+    with one_line(path):
+        status = path.stat()
     return [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def write_atomically(path: Path, write: Callable) -> None:
-    """Let `write(file)` fill a temporary file beside `path`, then rename it: readers see all of it or nothing.
+def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
+    """Read, preprocess and store one scan and its mask, unless they lie in the cache already; `how`: see `preprocess`,
+    and the keys `axis` and `label`.
 
-    Raises:
-        DataError: the file system says no; with the bytes to write and those that are free.
+    The folder's name tells files and preprocessing apart, and it is renamed into place when whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Random, since two containers that share a cache may both be process 7; short, since names end at 255 bytes.
-    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
+    key = json.dumps([CACHE_VERSION, fingerprint(pair.image), fingerprint(pair.label), how])
+    folder = cache_folder / f"{pair.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return CachedScan(pair.name, folder)
+    scan = read_scan(pair.image, how["axis"])
+    truth = read_mask(pair.label, scan, how["label"])
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the file raises
-        if not isinstance(cause, OSError):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        write(whole := io.BytesIO())  # to count
-        raise DataError(
-            f"{path}: {cause.strerror or cause}; {len(whole.getbuffer()):,} bytes to write, {free:,} bytes free"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path, seconds: float = 3600) -> None:
-    """Remove temporary files that killed processes left: no write takes an hour, a younger one may be at work."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # two runs may clean up at once
-            if time.time() - path.stat().st_mtime >= seconds:
-                path.unlink()
-
-
-def survey(pairs: Sequence[Pair], folder: str | Path | None = None) -> tuple[float, float, float]:
-    """Median spacing in mm along the patient's axes, (left-right, posterior-anterior, inferior-superior).
-
-    Read from the headers, and kept in a file of the cache `folder` for as long as no scan changes.
-    """
-    key = hashlib.sha256(json.dumps([identity(pair.image) for pair in pairs]).encode()).hexdigest()[:16]
-    index = Path(folder) / f"survey-{key}.json" if folder else None
-    if index:
-        with contextlib.suppress(OSError, ValueError):
-            return tuple(json.loads(index.read_text()))
-    spacings = [oriented_spacing(open_nifti(pair.image))[::-1] for pair in pairs]  # axial arrays run S, P, L
-    median = tuple(np.median(spacings, axis=0).tolist())
-    if index:
-        write_atomically(index, lambda file: file.write(json.dumps(median).encode()))
-    return median
-
-
-def slice_axis(spacing: Sequence[float]) -> int:
-    """The axis with the coarsest spacing; where several are equal the last, inferior-superior."""
-    return max(range(3), key=lambda axis: (spacing[axis], axis))
-
-
-def cached(name: str, paths: dict[str, Path], entry: dict) -> CachedScan:
-    """The cached scan that an entry of the index describes."""
-    truth = paths["mask" if entry["truth"] == entry["mask"] else "truth"]
-    slices, foreground = tuple(range(entry["mask"][0])), tuple(entry["foreground"])
-    return CachedScan(name, paths["image"], paths["mask"], truth, tuple(entry["spacing"]), slices, foreground)
-
-
-def cache_scan(pair: Pair, recipe: dict, folder: Path) -> CachedScan:
-    """Read, preprocess and store one scan and its mask, unless they lie in the cache already.
-
-    The key is made of the files' identities and the recipe. The index (.json) is written last: where it is there and
-    the arrays open, the entry is sound; anything else is made anew.
-    """
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, identity(pair.image), identity(pair.label), recipe]).encode())
-    stem = folder / f"{pair.name[:50]}-{key.hexdigest()[:16]}"  # of up to 4 bytes a letter: names end at 255
-    paths = {kind: stem.with_name(f"{stem.name}.{kind}.npy") for kind in ("image", "mask", "truth")}
-    index = stem.with_name(f"{stem.name}.json")
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
-        entry = json.loads(index.read_text())
-        found = cached(pair.name, paths, entry)
-        if all(list(np.load(getattr(found, kind), mmap_mode="r").shape) == entry[kind] for kind in paths):
-            return found
-
-    scan = read_scan(pair.image, recipe["axis"])
-    truth = read_mask(pair.label, scan, recipe["axis"], recipe["label"])
-    try:
-        image, mask = (preprocess(array, scan.spacing, recipe) for array in (scan.array, truth))
+        image, mask = preprocess(scan.array, scan.spacing, how), preprocess(truth, scan.spacing, how)
     except DataError as error:
         raise DataError(f"{pair.image}: {error}") from None
-    arrays = {"image": image, "mask": mask, "truth": truth}
-    entry = {kind: array.shape for kind, array in arrays.items()}
-    entry |= {"spacing": scan.spacing, "foreground": mask.sum((1, 2), dtype=int).tolist()}
-    made = cached(pair.name, paths, entry)
-    for kind, array in arrays.items():  # Where mask and truth are one file, they are equal.
-        write_atomically(getattr(made, kind), partial(np.save, arr=array))
-    write_atomically(index, lambda file: file.write(json.dumps(entry).encode()))
-    return made
+    with one_line(folder):
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache_folder, prefix=".") as temporary:
+            whole = Path(temporary, "scan")
+            whole.mkdir()
+            for kind, array in (("image", image), ("mask", mask), ("truth", truth)):
+                np.save(whole / f"{kind}.npy", array)
+            with contextlib.suppress(OSError):  # another run was faster
+                whole.rename(folder)
+    return CachedScan(pair.name, folder)
 
 
-def cache_scans(pairs: Sequence[Pair], recipe: dict, folder: str | Path) -> list[CachedScan]:
-    """`cache_scan` for a whole data set, on all cores: reading and unzipping release Python's lock."""
-    remove_leftovers(Path(folder))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(partial(cache_scan, recipe=recipe, folder=Path(folder)), pairs)
-        return list(tqdm(jobs, total=len(pairs), desc="reading", unit="scan", leave=False, disable=None))
+def cache_scans(pairs: Sequence[Pair], how: dict, folder: str | Path) -> list[CachedScan]:
+    """`cache_scan` for a whole data set, on up to four cores: reading and unzipping release Python's lock.
+
+    No thread parses the header of a .npy file: before Python 3.11.8 and 3.12.2 that fails at random (gh-106905).
+    """
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        jobs = pool.map(partial(cache_scan, how=how, cache_folder=Path(folder)), pairs)
+        return list(tqdm(jobs, "reading", len(pairs), unit="scan", leave=False, disable=None))
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation
@@ -494,24 +456,20 @@ def import_imgaug():
         import cv2
         import imgaug.augmenters
     except ImportError as error:
-        if "libGL" in str(error) or "libgthread" in str(error):
-            raise DataError(
-                f"OpenCV, which imgaug uses, does not load ({error}); `apt-get install libgl1 libglib2.0-0`, or "
-                "`pip uninstall opencv-python` and `pip install opencv-python-headless`, or train with --augment none"
-            ) from None
-        raise DataError(f"{error}; `pip install imgaug`, or train with --augment none") from None
+        raise DataError(f"{error}; `pip install imgaug`, or train with --augment none; if the name ends in .so, OpenCV "
+                        "lacks a library: `apt-get install libgl1 libglib2.0-0`") from None
     cv2.setNumThreads(0)  # The workers are the parallelism; OpenCV's own threads would fight them for the cores.
     return imgaug.augmenters
 
 
 def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
-    """A function `augment(image, mask, entropy) -> (image, mask)` on float32 (..., H, W) and uint8 (..., H, W).
+    """A function `augment(image, mask, seed) -> (image, mask)` on float32 (..., H, W) and uint8 (..., H, W).
 
-    The same entropy gives the same result, in whatever process. Masks are warped with nearest neighbour. All slices of
+    The same seed gives the same result, in whatever process. Masks are warped with nearest neighbour. All slices of
     a patch (D, H, W) are warped and scaled alike; only the noise is each slice's own.
 
     Args:
-        kind: "none"; "seed": rotation by -45 to 45 degrees, scale 0.85 to 1.15, elastic deformation; "full": that,
+        kind: "none"; "geometry": rotation by -45 to 45 degrees, scale 0.85 to 1.15, elastic deformation; "full": that,
             then contrast, brightness, noise and blur (intensities in deviations of the scan).
     """
     if kind != "none":
@@ -542,14 +500,15 @@ def pipeline(kind: str):
     return augmenters
 
 
-def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tuple[np.ndarray, np.ndarray]:
+def augment(kind: str, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """See `augmenter`."""
     if kind == "none":
         return image, mask
     augmenters = pipeline(kind)
     from imgaug.augmentables import Batch, SegmentationMapsOnImage
 
-    # What `augmenters.seed_(entropy)` is for, which is slow: it makes a generator for each.
-    augmenters.random_state.generator.bit_generator.state = np.random.SFC64(entropy).state
+    # What `augmenters.seed_(seed)` is for, which is slow: it makes a generator for each.
+    augmenters.random_state.generator.bit_generator.state = np.random.SFC64(seed).state
     # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share a warp.
     stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask))
     # What `augmenters(...)` calls after checks and copies that are not needed here.
@@ -561,65 +520,22 @@ def augment(kind: str, image: np.ndarray, mask: np.ndarray, entropy: int) -> tup
 # ----------------------------------------------------------------------------------------------------------- data set
 
 
-def fit(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Crop or pad the last axes, about the centre, to `size`, (H, W) or (D, H, W). Padding is 0, a z-scored mean."""
-    last = len(size)
-    surplus = [max(n - want, 0) for n, want in zip(array.shape[-last:], size, strict=True)]
-    array = array[(..., *(slice(n // 2, n // 2 + want) for n, want in zip(surplus, size, strict=True)))]
-    missing = [want - n for n, want in zip(array.shape[-last:], size, strict=True)]
-    if not any(missing):
-        return array  # np.pad copies, and takes longer than to read a slice
-    return np.pad(array, [(0, 0)] * (array.ndim - last) + [(n // 2, n - n // 2) for n in missing])
-
-
-def with_neighbours(volume: np.ndarray, slices: Sequence[int], count: int) -> np.ndarray:
-    """Slices of a volume (D, H, W) with `count` neighbours on either side as channels: float32 (B, 1 + 2 count, H, W).
-
-    Beyond the first and the last slice, these are repeated.
-    """
-    around = np.asarray(slices)[:, None] + np.arange(-count, count + 1)
-    return volume[around.clip(0, len(volume) - 1)].astype(np.float32)
-
-
-@cache
-def layout(path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
-    """dtype, shape and first byte of the array in a .npy file: each process parses a header once, which is slow."""
-    array = np.load(path, mmap_mode="r")
-    return array.dtype, array.shape, array.offset
-
-
-def read_slices(path: Path, first: int, stop: int) -> np.ndarray:
-    """Slices `first` to `stop - 1`, as far as there are, of the array (D, H, W) in a .npy file.
-
-    Read, not mapped: to map and unmap a file for each sample takes longer than to read a slice.
-    """
-    dtype, (depth, *size), offset = layout(path)
-    first, nbytes = max(first, 0), math.prod(size) * dtype.itemsize  # of a slice
-    with open(path, "rb") as file:
-        file.seek(offset + first * nbytes)
-        return np.frombuffer(file.read((min(stop, depth) - first) * nbytes), dtype).reshape(-1, *size)
-
-
 class SliceDataset(Dataset):
-    """Augmented slices of cached scans; `dataset[i]` is image float32 (C, H, W), mask float32 (1, H, W).
+    """Augmented slices of cached scans; `dataset[i]` is image and mask, float32 (1, H, W).
 
     A sample depends on (seed, epoch, index) and on nothing else: not the worker, not their number, not how they were
     started. It holds no open file, so it can be pickled and its memory does not grow with the data.
 
     Args:
         scans: from `cache_scans`.
-        size: (H, W) of every sample.
+        size: (H, W) of every sample; a slice is cropped or padded to it.
         augment: see `augmenter`.
         seed: of the augmentation.
-        neighbours: slices on either side that are seen beside each one, as channels: C = 1 + 2 neighbours ("2.5D").
     """
 
-    def __init__(
-        self, scans: Sequence[CachedScan], size: Sequence[int], *, augment: str = "none", seed: int = 0,
-        neighbours: int = 0,
-    ):
-        self.scans, self.size, self.seed, self.neighbours = list(scans), tuple(size), seed, neighbours
-        self.table = [(i, d) for i, scan in enumerate(self.scans) for d in scan.slices]
+    def __init__(self, scans: Sequence[CachedScan], size: Sequence[int], *, augment: str = "none", seed: int = 0):
+        self.scans, self.size, self.seed = list(scans), tuple(size), seed
+        self.table = [(i, d) for i, scan in enumerate(self.scans) for d in range(len(scan.open("image")))]
         self.augment = augmenter(augment)
         # In shared memory, so that workers that live through all epochs (persistent_workers) see it change.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -633,20 +549,18 @@ class SliceDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         rng = np.random.default_rng([self.seed, int(self.epoch[0]), index])
-        image, mask = (fit(array, self.size) for array in self.cut(index, rng))
-        image, mask = self.augment(image, mask, int(rng.integers(2**31)))
+        image, mask = (crop_or_pad(array[None], self.size) for array in self.cut(index, rng))
+        image, mask = self.augment(image.astype(np.float32), mask, int(rng.integers(2**31)))
         return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(mask.astype(np.float32))
 
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Image float32 and mask uint8 of a sample as they are in the cache."""
+        """Image and mask of a sample as they lie in the cache: here (H, W)."""
         i, d = self.table[index]
-        scan, n = self.scans[i], self.neighbours
-        image = read_slices(scan.image, d - n, d + n + 1)
-        return with_neighbours(image, [min(d, n)], n)[0], read_slices(scan.mask, d, d + 1)
+        return self.scans[i].open("image")[d], self.scans[i].open("mask")[d]
 
 
 class PatchDataset(SliceDataset):
-    """Augmented random patches of cached scans; `dataset[i]` is image and mask float32 (1, D, H, W).
+    """Augmented random patches of cached scans; `dataset[i]` is image and mask, float32 (1, D, H, W).
 
     An epoch draws as many patches from a scan as it takes to see about all of its voxels. Where a patch lies depends on
     (seed, epoch, index), like its augmentation.
@@ -660,94 +574,70 @@ class PatchDataset(SliceDataset):
     def __init__(self, scans: Sequence[CachedScan], size: Sequence[int], *, foreground: float = 1 / 3, **others):
         super().__init__(scans, size, **others)
         self.foreground = foreground
-        voxels = [np.load(scan.image, mmap_mode="r").size for scan in self.scans]
-        self.table = [i for i, count in enumerate(voxels) for _ in range(-(-count // int(np.prod(size))))]
+        patch = math.prod(size)
+        self.table = [i for i, scan in enumerate(self.scans) for _ in range(math.ceil(scan.open("mask").size / patch))]
 
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         scan = self.scans[self.table[index]]
-        image, mask = (np.load(path, mmap_mode="r") for path in (scan.image, scan.mask))
+        image, mask = scan.open("image"), scan.open("mask")
         room = np.maximum(np.subtract(mask.shape, self.size), 0)  # the last place where a patch can begin
         start = rng.integers(room + 1)
-        if rng.random() < self.foreground and any(scan.foreground):
-            d = rng.choice(len(mask), p=np.divide(scan.foreground, sum(scan.foreground)))
-            centre = d, *rng.choice(np.argwhere(mask[d]))
-            start = np.clip(centre - np.array(self.size) // 2, 0, room)
-        patch = (None, *map(slice, start, start + self.size))
-        return image[patch].astype(np.float32), mask[patch]
+        if rng.random() < self.foreground and len(organ := np.flatnonzero(mask)):
+            centre = np.unravel_index(rng.choice(organ), mask.shape)
+            start = np.clip(np.array(centre) - np.array(self.size) // 2, 0, room)
+        patch = tuple(map(slice, start, start + self.size))
+        return image[patch], mask[patch]
 
 
 # ---------------------------------------------------------------------------------------------------- data-set check
 
 
-def check(root: str | Path, label: Sequence[int] | None = None) -> tuple[list[dict], list[str]]:
-    """Read every scan and label of a data set once.
+def survey(pairs: Sequence[Pair]) -> list[float]:
+    """Median spacing in mm along the patient's axes (see `patient_spacing`), from the headers alone."""
+    return np.median([patient_spacing(open_nifti(pair.image)) for pair in pairs], axis=0).tolist()
 
-    Returns:
-        rows: one per readable scan, as text: name, shape and spacing (D, H, W), orientation in the file, low, high,
-            foreground (share of the voxels), slices (that hold foreground).
-        problems: one line each, with the file.
-    """
-    pairs, problems = match_files(root)
-    try:
-        axis = slice_axis(survey(pairs))
-    except DataError:
-        axis = 2  # The file at fault is named below, when it is read.
 
-    def inspect(pair: Pair) -> tuple[dict | None, list[str]]:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            try:
-                scan = read_scan(pair.image, axis)
-                mask = read_mask(pair.label, scan, axis, label)
-                low, high = float(scan.array.min()), float(scan.array.max())
-            except DataError as error:
-                return None, [str(error)]
-        found = [str(warning.message) for warning in told]
-        if low == high:
-            found.append(f"{pair.image}: every voxel is {low:g}; there is nothing to see in this scan")
-        if not mask.any():
-            found.append(f"{pair.label}: no voxel is foreground; check --label, or remove the scan")
-        return {
-            "name": pair.name,
-            "shape": " x ".join(map(str, mask.shape)),
-            "spacing": " x ".join(f"{step:.3g}" for step in scan.spacing),
-            "orientation": "".join(nib.aff2axcodes(scan.source.affine)),
-            "low": f"{low:.4g}",
-            "high": f"{high:.4g}",
-            "foreground": f"{mask.mean():.2%}",
-            "slices": int(mask.any(axis=(1, 2)).sum()),
-        }, found
+def slice_axis(spacing: Sequence[float]) -> int:
+    """The axis with the coarsest spacing; where several are equal the last, inferior-superior."""
+    return max(range(3), key=lambda axis: (spacing[axis], axis))
 
-    rows = []
-    for pair in tqdm(pairs, desc="checking", unit="scan", disable=None):  # one by one: warnings belong to their scan
-        row, found = inspect(pair)
-        rows += [row] if row else []
-        problems += found
-    return rows, problems
+
+def inspect(pair: Pair, label: Sequence[int] | None = None) -> tuple[str, list[str]]:
+    """One scan and its label: a line for the table of `main`, and a line for each problem."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            scan = read_scan(pair.image)
+            mask = read_mask(pair.label, scan, label)
+        except DataError as error:
+            return f"{pair.name:20} cannot be used", [str(error)]
+    problems = [str(warning.message) for warning in told]
+    low, high = float(scan.array.min()), float(scan.array.max())
+    if low == high:
+        problems.append(f"{pair.image}: every voxel is {low:g}; there is nothing to see in this scan")
+    if not mask.any():
+        problems.append(f"{pair.label}: no voxel is foreground; check --label, or remove the scan")
+    shape, spacing = (" x ".join(f"{n:.3g}" for n in numbers) for numbers in (mask.shape, scan.spacing))
+    axes, slices = "".join(nib.aff2axcodes(scan.source.affine)), np.count_nonzero(mask.any(axis=(1, 2)))
+    return (f"{pair.name:20} {shape:>15} voxels of {spacing:>20} mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, "
+            f"foreground {mask.mean():.2%} in {slices} slices"), problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    global MAX_GB
     parser = argparse.ArgumentParser(description="Check a data set: what is in it, and every problem with its file.")
     parser.add_argument("data", help="folder with imagesTr/ and labelsTr/, or images/ and labels/")
     parser.add_argument("--label", type=int, nargs="+", help="label values that are foreground (default: all but 0)")
-    parser.add_argument("--max-gb", type=float, default=MAX_GB, help="memory for one scan (default: half of all)")
-    parser.print_usage = lambda _: None  # an error is one line
     args = parser.parse_args(argv)
-    MAX_GB = args.max_gb
     try:
-        rows, problems = check(args.data, args.label)
-    except (DataError, OSError) as error:
+        pairs, problems = match_files(args.data)
+    except DataError as error:
         print(error, file=sys.stderr)
         return 2
-    row = "{name:20} {shape:>16} {spacing:>20} {orientation:>5} {low:>8} {high:>8} {foreground:>10} {slices:>6}"
-    print(row.format(name="scan", shape="voxels (D H W)", spacing="spacing (D H W) mm", orientation="axes",
-                     low="lowest", high="highest", foreground="foreground", slices="slices"))
-    for r in rows:
-        print(row.format(**r))
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    print(f"{len(rows)} scans read, {len(problems)} problems")
+    for pair in pairs:
+        line, found = inspect(pair, args.label)
+        print(line, flush=True)
+        problems += found
+    print(f"{len(pairs)} pairs, {len(problems)} problems", *problems, sep="\n")
     return 2 if problems else 0
 
 

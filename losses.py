@@ -37,9 +37,8 @@ class DiceLoss(nn.Module):
         ValueError: logits and target differ in shape (broadcasting would hide it).
     """
 
-    def __init__(
-        self, *, per_sample: bool = False, smooth: float = 1e-6, reduce: Callable[[Tensor], Tensor] | None = None
-    ):
+    def __init__(self, *, per_sample: bool = False, smooth: float = 1e-6,
+                 reduce: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
         self.per_sample, self.smooth, self.reduce = per_sample, smooth, reduce
 

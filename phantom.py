@@ -14,13 +14,12 @@ in the middle of the left atrium. Arrays are (I, J, K) as stored, K the slice ax
 uint8, 1 = left atrium. About 115 x 95 x 28 voxels of 2.1 x 2.1 x 3.5 mm. Scan k depends on (seed, k, size) alone.
 
     python phantom.py phantom                          # 8 scans, 3 s on a CPU
-    python phantom.py phantom --scans 20 --seed 1      # more of them, and others
+    python phantom.py more --scans 20 --test 5         # 20 with a mask, and 5 without in more/imagesTs
     python phantom.py tiny --scans 4 --size 0.5        # an eighth of the voxels, for tests
 """
 
-from __future__ import annotations
-
 import argparse
+import gzip
 import itertools
 import json
 import os
@@ -28,10 +27,16 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from scipy.spatial.transform import Rotation
 
-ORIENTATIONS = ("LPS", "RAS", "oblique")  # scan k is stored as the (k mod 3)-th
-OSTIUM = 9.0  # mm: how far from the atrium's body a pulmonary vein still counts as atrium
+# Where the stored axes point, as signs of RAS; scan k is stored as the (k mod 3)-th. Oblique is LPS, turned.
+ORIENTATIONS = {"LPS": (-1, -1, 1), "RAS": (1, 1, 1), "oblique": (-1, -1, 1)}
 SUBSLICES = 2  # a scanner averages over the thickness of a slice; so do we, over this many samples
+
+
+class PhantomError(ValueError):
+    """An argument out of range, or a folder that will not do: one line that says what was found, and expected."""
+
 
 # ------------------------------------------------------------------------------------------------------------ anatomy
 
@@ -50,7 +55,8 @@ def tube(points: np.ndarray, start: np.ndarray, end: np.ndarray, radii: np.ndarr
     return np.linalg.norm(points - start - along * axis, axis=0) - radii[0] - along * (radii[1] - radii[0])
 
 
-# Painted from top to bottom, later over earlier. Rows of one structure are united, then coated with a wall of muscle.
+# Painted from top to bottom, later over earlier, the left atrium last. Rows of one structure are united, then coated
+# with a wall of muscle, its thickness in mm.
 # Lengths and places in mm RAS; an ellipsoid has a centre and three radii, a tube two ends and the radius at each.
 ANATOMY = (
     # structure          tissue    wall shape    centre | start    radii | end      radii at both ends
@@ -89,23 +95,11 @@ BRIGHTNESS = {"blood": 0.85, "fat": 0.85, "soft": 0.52, "bone": 0.46, "liver": 0
 # ----------------------------------------------------------------------------------------------------------- one scan
 
 
-def rotation(x: float, y: float, z: float) -> np.ndarray:
-    """Rotation matrix (3, 3): about the x axis, then y, then z, by angles in degrees."""
-    (cx, cy, cz), (sx, sy, sz) = np.cos(np.radians((x, y, z))), np.sin(np.radians((x, y, z)))
-    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return about_z @ about_y @ about_x
-
-
 def waves(rng: np.random.Generator, points: np.ndarray, wavelength: float) -> np.ndarray:
     """A smooth random field (N,) of variance 1 at points (3, N): four plane waves, their length in mm."""
-    field = np.zeros(points.shape[1], np.float32)
-    for _ in range(4):
-        direction = rng.normal(size=3)
-        direction *= 2 * np.pi / wavelength / np.linalg.norm(direction)
-        field += np.sin(np.float32(direction) @ points + np.float32(rng.uniform(0, 2 * np.pi)))
-    return field / np.float32(np.sqrt(2))
+    draws = [(rng.normal(size=3), np.float32(rng.uniform(0, 2 * np.pi))) for _ in range(4)]  # direction, phase
+    fields = (np.sin(np.float32(d * (2 * np.pi / wavelength / np.linalg.norm(d))) @ points + p) for d, p in draws)
+    return sum(fields) / np.float32(np.sqrt(2))
 
 
 def paint(rng: np.random.Generator, points: np.ndarray, edge: float) -> tuple[np.ndarray, np.ndarray]:
@@ -115,25 +109,23 @@ def paint(rng: np.random.Generator, points: np.ndarray, edge: float) -> tuple[np
     takes. A border is a ramp of `edge` mm across the surface: the partial volume of a voxel of that width.
     """
 
+    def vary(numbers):
+        return np.float32(np.array(numbers) * rng.uniform(0.95, 1.05) + rng.uniform(-1.5, 1.5, len(numbers)))[:, None]
+
     def share(distance):
         return np.clip(0.5 - distance / np.float32(edge), 0, 1)
 
     brightness = {tissue: value * rng.uniform(0.88, 1.12) for tissue, value in BRIGHTNESS.items()}
     image = np.zeros(points.shape[1], np.float32)
-    for (structure, tissue, wall), rows in itertools.groupby(ANATOMY, key=lambda row: row[:3]):
-        distances = []
-        for _, _, _, distance_to, *numbers in rows:
-            varied = (np.array(n) * rng.uniform(0.95, 1.05) + rng.uniform(-1.5, 1.5, len(n)) for n in numbers)
-            distances.append(distance_to(points, *(np.float32(n)[:, None] for n in varied)))
+    for (_, tissue, wall), rows in itertools.groupby(ANATOMY, key=lambda row: row[:3]):
+        distances = [shape(points, *map(vary, numbers)) for _, _, _, shape, *numbers in rows]
         distance = np.minimum.reduce(distances)
         if wall:
             image += share(distance - wall) * (brightness["muscle"] - image)
-        flow = rng.uniform(0.95, 1.05)  # pools of blood differ a little; the bias field makes them differ more
-        image += share(distance) * (flow * brightness[tissue] - image)
-        if structure == "left atrium":
-            body, appendage, *_ = distances  # the veins follow
-            atrium = share(np.minimum(appendage, np.maximum(distance, body - OSTIUM)))
-    return image, atrium
+        # Pools of blood differ a little; the bias field makes them differ more.
+        image += share(distance) * (rng.uniform(0.95, 1.05) * brightness[tissue] - image)
+    # The distances are now those of the left atrium: body, appendage, veins. A vein counts up to 9 mm from the body.
+    return image, share(np.minimum(distances[1], np.maximum(distance, distances[0] - 9)))
 
 
 def make_scan(rng: np.random.Generator, orientation: str = "LPS", size: float = 1.0) -> tuple:
@@ -143,38 +135,32 @@ def make_scan(rng: np.random.Generator, orientation: str = "LPS", size: float = 
         rng: source of all randomness.
         orientation: one of ORIENTATIONS: where the stored axes point, oblique being LPS turned 10 to 20 degrees
             about x and about z.
-        size: scales the matrix along each axis, 0.5 to 2, and leaves the field of view as it is.
+        size: scales the matrix along each axis, say 0.5 to 2, and leaves the field of view as it is.
 
     Returns:
         image (I, J, K) int16; mask (I, J, K) uint8, 1 where at least half the voxel is left atrium; spacing (I, J, K)
         in mm; affine (4, 4) float64 from voxel index to mm RAS.
 
     Raises:
-        ValueError: an orientation or a size outside these.
+        KeyError: another orientation.
     """
-    if orientation not in ORIENTATIONS:
-        raise ValueError(f"orientation is {orientation!r}; choose from {', '.join(ORIENTATIONS)}")
-    check_range("size", size, 0.5, 2)
     # Where the scan samples the patient. What is random is drawn alike for every orientation and size.
     shape = np.array([rng.integers(108, 121), rng.integers(88, 101), rng.integers(25, 32)])
     in_plane, between_slices = rng.uniform((1.95, 3.2), (2.25, 3.8))
     centre = rng.uniform((-6, 0, -12), (6, 12, 0))
-    tilt_x, tilt_z = rng.uniform(10, 20, 2) * rng.choice((-1, 1), 2)
+    tilt = Rotation.from_euler("xz", rng.uniform(10, 20, 2) * rng.choice((-1, 1), 2), degrees=True)
     field_of_view, shape = shape * (in_plane, in_plane, between_slices), np.round(shape * size).astype(int)
     spacing = field_of_view / shape
-    axes = np.diag([1, 1, 1] if orientation == "RAS" else [-1, -1, 1])
-    if orientation == "oblique":
-        axes = rotation(tilt_x, 0, tilt_z) @ axes
-    affine = np.eye(4)
-    affine[:3, :3] = axes * spacing
-    affine[:3, 3] = centre - affine[:3, :3] @ (shape - 1) / 2
+    turn = tilt.as_matrix().round(15) if orientation == "oblique" else np.eye(3)  # rounded: what should be 0, is
+    axes = turn @ np.diag(ORIENTATIONS[orientation]) * spacing
+    affine = nib.affines.from_matvec(axes, centre - axes @ (shape - 1) / 2)
     index = np.indices((*shape[:2], shape[2] * SUBSLICES), np.float32).reshape(3, -1)
     index[2] = (index[2] + 0.5) / SUBSLICES - 0.5
-    world = np.float32(affine[:3, :3]) @ index + np.float32(affine[:3, 3:])
+    world = np.float32(axes) @ index + np.float32(affine[:3, 3:])
 
     # The patient's pose and build, then a warp that leaves no surface a perfect ellipsoid.
-    pose = rotation(*rng.uniform((-5, -5, -8), (5, 5, 8))) * rng.uniform(0.92, 1.08, 3)
-    points = np.float32(np.linalg.inv(pose)) @ world
+    pose = Rotation.from_euler("xyz", rng.uniform((-5, -5, -8), (5, 5, 8)), degrees=True).as_matrix()
+    points = np.float32(np.linalg.inv(pose * rng.uniform(0.92, 1.08, 3))) @ world
     points += [2 * waves(rng, points, 90) + 0.8 * waves(rng, points, 40) for _ in range(3)]
 
     image, atrium = paint(rng, points, edge=spacing[0])
@@ -188,81 +174,72 @@ def make_scan(rng: np.random.Generator, orientation: str = "LPS", size: float = 
 # ------------------------------------------------------------------------------------------------------- the data set
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise a ValueError that names the argument unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+def write(path: Path, content: bytes) -> None:
+    """Write a hidden file beside `path`, then rename it: another run that makes the same data set sees whole files."""
+    temporary = path.with_name(f".{os.urandom(8).hex()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:  # disk full, no permission
+        raise PhantomError(f"{path}: {error.strerror}") from None
 
 
 def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     """Write an array (I, J, K) as NIfTI: its own dtype, slope 1, qform and sform in scanner coordinates, mm."""
     nifti = nib.Nifti1Image(array, affine)
-    nifti.set_qform(affine, code="scanner")
-    nifti.set_sform(affine, code="scanner")
+    nifti.header["qform_code"] = nifti.header["sform_code"] = 1
     nifti.header.set_xyzt_units("mm")
-    path.parent.mkdir(exist_ok=True)
-    # Renamed when whole: another run that makes the same data set may be reading its file already.
-    temporary = path.with_name(f".{os.urandom(8).hex()}.nii.gz")
-    nib.save(nifti, temporary)
-    temporary.replace(path)
+    write(path, gzip.compress(nifti.to_bytes(), 1, mtime=0))  # without the time: same arguments, same bytes
 
 
-def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 1.0) -> Path:
+def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 1.0, test: int = 0) -> Path:
     """Write a data set in the Decathlon layout, and return its folder.
 
-    out/imagesTr/la_000.nii.gz ..., out/labelsTr/la_000.nii.gz ..., out/dataset.json. The same arguments give the same
-    bytes; what is already there stays, so that an interrupted call goes on where it was.
+    out/imagesTr/la_000.nii.gz ..., out/labelsTr/la_000.nii.gz ..., out/dataset.json; `test` further scans, without
+    masks, follow in out/imagesTs and go on with the numbers. The same arguments give the same bytes; what is already
+    there stays, so that an interrupted call goes on where it was.
 
     Raises:
-        ValueError: scans, seed or size out of range, or a folder that holds anything but this very data set.
+        PhantomError: scans, seed, size or test out of range; a folder that cannot be written, or that holds anything
+            but this very data set (hidden files aside).
     """
-    check_range("scans", scans, 1, 1000)
-    check_range("seed", seed, 0, 2**63)
-    check_range("size", size, 0.5, 2)
+    if not (scans >= 1 and test >= 0 and scans + test <= 1000 and seed >= 0 and 0.5 <= size <= 2):
+        raise PhantomError(f"{scans=}, {test=}, {seed=}, {size=}; expected >= 1, >= 0 (1000 in all), >= 0, 0.5 to 2")
     out = Path(out)
     pairs = [{"image": f"./imagesTr/la_{k:03d}.nii.gz", "label": f"./labelsTr/la_{k:03d}.nii.gz"} for k in range(scans)]
-    contents = {
+    unlabelled = [f"./imagesTs/la_{k:03d}.nii.gz" for k in range(scans, scans + test)]
+    text = json.dumps({
         "name": "LeftAtriumPhantom",
         "description": "Synthetic left atrium phantom written by phantom.py; no patient data",
-        "modality": {"0": "MRI"}, "labels": {"0": "background", "1": "left atrium"},
-        "numTraining": scans, "training": pairs, "test": [],
-        "phantom": {"scans": scans, "seed": seed, "size": float(size)},
-    }
-    text = json.dumps(contents, indent=2).encode() + b"\n"
+        "modality": {"0": "MRI"}, "labels": {"0": "background", "1": "left atrium"}, "numTraining": scans,
+        "training": pairs, "test": unlabelled, "phantom": {"scans": scans, "seed": seed, "size": float(size)},
+    }, indent=2).encode() + b"\n"
     # The index comes first: a folder that holds it is ours, and what it lacks is what an interrupted run did not reach.
     index = out / "dataset.json"
-    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))  # asked first: another run may begin right now
-    ours = index.is_file() and index.read_bytes() == text
-    if taken and not ours:
-        raise ValueError(f"{out} holds something else than the {scans} scans of seed {seed}; name an empty folder")
-    if not ours:  # renamed from outside: another run that starts now finds an empty folder, or this very data set
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{os.urandom(8).hex()}")
-        temporary.write_bytes(text)
-        temporary.replace(index)
-    for k, pair in enumerate(pairs):
-        if not all((out / path).is_file() for path in pair.values()):
-            orientation = ORIENTATIONS[k % len(ORIENTATIONS)]
-            image, mask, _, affine = make_scan(np.random.default_rng([seed, k]), orientation, size)
-            save(image, affine, out / pair["image"])
-            save(mask, affine, out / pair["label"])
+    if any(out.glob("[!.]*")) and not (index.is_file() and index.read_bytes() == text):
+        raise PhantomError(f"{out} holds something else than these scans of seed {seed}; name an empty folder")
+    write(index, text)
+    for k, files in enumerate([*(pair.values() for pair in pairs), *([file] for file in unlabelled)]):
+        if not all((out / file).is_file() for file in files):
+            image, mask, _, affine = make_scan(np.random.default_rng([seed, k]), list(ORIENTATIONS)[k % 3], size)
+            for array, file in zip((image, mask), files, strict=False):  # no file, no mask
+                save(array, affine, out / file)
     return out
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: write a data set, say where. Arguments that do not work end it with code 2 and one line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("out", type=Path, help="folder to write: empty, not there yet, or this very data set")
-    add("--scans", type=int, default=8, help="number of scans (default: %(default)s)")
-    add("--seed", type=int, default=0, help="scan k is the same for a seed, whatever --scans is (default: %(default)s)")
-    add("--size", type=float, default=1.0, help="matrix size along each axis, as a factor (default: %(default)s)")
-    args = parser.parse_args(argv)
+    parser.add_argument("out", help="folder to write: empty, not there yet, or this very data set")
+    parser.add_argument("--scans", type=int, default=8, help="scans with a mask (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=0, help="further scans, without one (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other patients (default: %(default)s)")
+    parser.add_argument("--size", type=float, default=1.0, help="factor on the matrix size (default: %(default)s)")
     try:
-        out = write_dataset(**vars(args))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"{args.scans} synthetic scans with their masks in {out}")
+        print("data set in", write_dataset(**vars(parser.parse_args(argv))))
+    except PhantomError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":

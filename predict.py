@@ -1,20 +1,21 @@
 """Masks for scans: a checkpoint and NIfTI files in, NIfTI masks on the scans' own grid out, scores if labels are given.
 
+    Isensee et al., "nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation", Nature
+    Methods 18, 2021 (the sliding window with a Gaussian weight)
+
 Contract: whatever orientation, spacing and size a scan is stored with, its mask is uint8 (1 = organ) of the same shape,
 affine and header codes, and opens on top of it in 3D Slicer or ITK-SNAP. The checkpoint holds the network's arguments
 and the preprocessing, so no flag repeats them. Needs neither imgaug nor OpenCV.
 
     python predict.py imagesTs --checkpoint runs/left-atrium/last.pt --out masks
-    python predict.py scan.nii.gz --checkpoint last.pt --out masks --largest-component --movie
+    python predict.py scan.nii.gz --checkpoint last.pt --out masks --largest-component
     python predict.py DIR --checkpoint last.pt --out masks --labels DIR/labelsTr --held-out     # scores.csv, in mm
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
-import io
 import itertools
 import math
 import sys
@@ -28,26 +29,11 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-import visualize
-from data import (
-    DataError,
-    Pair,
-    Scan,
-    find_pairs,
-    fit,
-    nifti_files,
-    open_nifti,
-    preprocess,
-    read_mask,
-    read_scan,
-    undo_preprocess,
-    with_neighbours,
-    write_atomically,
-)
+from data import DataError, Scan, crop_or_pad, require
 from metrics import score
 from unet import UNet
 
-VERSION = 1  # of the checkpoint; train.py writes it, load_checkpoint understands it
+VERSION = 2  # of the checkpoint; train.py writes it, load_checkpoint understands it
 
 # ------------------------------------------------------------------------------------------------ device and precision
 
@@ -57,17 +43,18 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: {str(error).splitlines()[0]}; use --device auto or cpu") from None
-    return torch.device(name)
+        raise DataError(f"--device {name}: {data.first_line(error)}; use --device auto or cpu") from None
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the network's arithmetic: weights, loss and optimiser are float32 in any case.
 
     `auto` is bfloat16 where the hardware has it, else float16 on CUDA (with a gradient scaler), else float32.
+    Raises DataError for float16 elsewhere.
     """
+    require(name != "fp16" or device.type == "cuda", f"--precision fp16: needs a CUDA GPU, this is {device}; use auto")
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
@@ -104,19 +91,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; train.py writes last.pt and best.pt into its run folder") from None
+        version, *_ = (checkpoint[key] for key in ("version", "model", "network", "preprocess", "split"))
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
-    missing = {"model", "network", "preprocess", "version"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise DataError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(sorted(missing))}")
-    if checkpoint["version"] != VERSION:
-        raise DataError(f"{path}: checkpoint version is {checkpoint['version']}, expected {VERSION}; train it anew")
-    missing = {"axis", "label", "spacing", "crop", "normalise", "size"} - set(checkpoint["preprocess"])
-    if missing:
-        raise DataError(f"{path}: its preprocessing lacks {', '.join(sorted(missing))}; train it anew")
+        reason = data.first_line(error)
+        raise DataError(f"{path}: cannot be loaded as a checkpoint ({reason}); give a last.pt of train.py") from None
+    require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew")
     return checkpoint
 
 
@@ -127,50 +106,45 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str
             net = UNet(**checkpoint["network"])
         net.load_state_dict(checkpoint["model"], assign=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = data.first_line(error)
         raise DataError(f"{path}: its weights do not fit its network ({reason}); train it anew") from None
     return net.to(device, torch.float32, memory_format=net.memory_format).eval()
 
 
 @torch.inference_mode()
-def probabilities(net: UNet, x: np.ndarray, precision: torch.dtype) -> np.ndarray:
-    """Float32 (B, *size) of float32 images (B, C, *size)."""
+def predict_batch(net: UNet, images: np.ndarray, precision: torch.dtype = torch.float32) -> np.ndarray:
+    """Probabilities float32 (B, *size) of images (B, *size), on the host."""
     device = next(net.parameters()).device
-    images = torch.from_numpy(np.ascontiguousarray(x)).to(device, memory_format=net.memory_format)
+    x = torch.from_numpy(images.astype(np.float32))[:, None].to(device, memory_format=net.memory_format)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        return net.predict(images)[:, 0].cpu().numpy()
+        return net.predict(x)[:, 0].cpu().numpy()
 
 
-def predict_volume(
-    net: UNet,
-    volume: np.ndarray,
-    *,
-    size: Sequence[int] = (1, 1),
-    precision: torch.dtype = torch.float32,
-    batch_size: int = 16,
-) -> np.ndarray:
+def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] = (1, 1),
+                   precision: torch.dtype = torch.float32, batch_size: int = 16) -> np.ndarray:
     """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), on the host: the GPU holds one batch of it.
 
     In 2D `batch_size` slices go through the network at a time. Slices smaller than `size`, the (H, W) of training, are
     padded to it as they were there, and cropped back: a network with batch norm is used to the padding, and loses Dice
-    without it. Larger ones stay whole. In 3D see `slide`; a volume smaller than the window is padded likewise.
+    without it. Larger ones stay whole. In 3D a window of `size`, the (D, H, W) of training, moves over the volume.
     """
+    padded = crop_or_pad(volume, np.maximum(volume.shape[-len(size) :], size))
     if net.dims == 3:
-        padded = fit(np.asarray(volume, np.float32), np.maximum(volume.shape, size))
-        return fit(slide(lambda x: probabilities(net, x, precision), padded, size), volume.shape)
-    shape, probability = volume.shape[1:], np.empty(volume.shape, np.float32)
-    for start in range(0, len(volume), batch_size):
-        slices = range(start, min(start + batch_size, len(volume)))
-        x = fit(with_neighbours(volume, slices, net.in_channels // 2), np.maximum(shape, size))
-        probability[slices.start : slices.stop] = fit(probabilities(net, x, precision), shape)
-    return probability
+        probability = sliding_window(lambda patch: predict_batch(net, patch[None], precision)[0], padded, size)
+    else:
+        probability = np.empty(padded.shape, np.float32)
+        for start in range(0, len(volume), batch_size):
+            slices = slice(start, start + batch_size)
+            probability[slices] = predict_batch(net, padded[slices], precision)
+    return crop_or_pad(probability, volume.shape)
 
 
-def slide(function: Callable, volume: np.ndarray, size: Sequence[int], overlap: float = 0.5) -> np.ndarray:
-    """Move a window over a volume (D, H, W), and average what `function`, (1, 1, *size) -> (1, *size), says of it.
+def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndarray, size: Sequence[int],
+                   overlap: float = 0.5) -> np.ndarray:
+    """Move a window of `size` over a volume (D, H, W), and average what `function` makes of it, in the same shape.
 
     Neighbouring windows share at least `overlap` of their length. Each counts with a Gaussian about its centre, of
-    deviation `size / 8`: a network knows least at the border of what it sees (Isensee et al., nnU-Net, 2021).
+    deviation `size / 8`: a network knows least at the border of what it sees (Isensee et al. 2021).
     """
     total, weight = np.zeros((2, *volume.shape), np.float32)
     axes = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in size]
@@ -179,7 +153,7 @@ def slide(function: Callable, volume: np.ndarray, size: Sequence[int], overlap: 
     starts = [np.linspace(0, n - w, k + 1).round() for n, w, k in zip(volume.shape, size, steps, strict=True)]
     for start in itertools.product(*(places.astype(int) for places in starts)):
         window = tuple(slice(place, place + w) for place, w in zip(start, size, strict=True))
-        total[window] += gaussian * function(volume[window][None, None])[0]
+        total[window] += gaussian * function(volume[window])
         weight[window] += gaussian
     return total / weight
 
@@ -190,7 +164,7 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else mask
 
 
-def write_like(path: Path, array: np.ndarray, scan: Scan) -> None:
+def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
     """Write an array (D, H, W) on the scan's own grid: the file's shape, affine and header codes, the array's dtype."""
     source = scan.source
     image = type(source)(scan.restore(array), source.affine, source.header)
@@ -200,151 +174,129 @@ def write_like(path: Path, array: np.ndarray, scan: Scan) -> None:
     content = image.to_bytes()
     if path.suffix == ".gz":
         content = gzip.compress(content, 1, mtime=0)  # as nibabel does: fast, and the same bytes for the same mask
-    write_atomically(path, lambda file: file.write(content))
+    data.write_atomically(path, content)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def find_scans(paths: Sequence[str]) -> list[Pair]:
-    """The scans of files and folders, in the order given."""
-    pairs = []
+def find_scans(paths: Sequence[str], labelled: bool = False) -> dict[str, Path]:
+    """Scans of files and folders, by name. Of a data set's root, those to predict, or those that have labels."""
+    folders = ("imagesTr", "images", "") if labelled else ("imagesTs", "images", "imagesTr", "")
+    files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            pairs += find_pairs(path, labels=False)
+            files += data.nifti_files(next(path / name for name in folders if (path / name).is_dir()))
         else:
-            name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-            pairs.append(Pair(name, path))
-    names = [pair.name for pair in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{twice[0]}: given twice; their masks would have one name, predict them into two folders")
-    return pairs
+            files.append(path)
+    return data.by_name(files)
 
 
-def table(rows: Sequence[dict]) -> str:
-    """A line for each scan, the worst first, under a line of headings."""
-    wide = max(len("scan"), *(len(row["name"]) for row in rows))
-    lines = [f"{'scan':{wide}}    Dice  HD95 mm  ASSD mm"]
-    for row in sorted(rows, key=lambda row: row["dice"]):
-        lines.append(f"{row['name']:{wide}}  {row['dice']:.4f}  {row['hd95']:7.2f}  {row['assd']:7.2f}")
-    return "\n".join(lines)
-
-
-def summarise(rows: Sequence[dict]) -> str:
-    """One line: Dice over the scans (mean, standard deviation, worst), distances where both masks have voxels."""
-    dice = np.array([row["dice"] for row in rows])
-    worst = rows[int(dice.argmin())]
-    line = (
-        f"Dice {dice.mean():.4f} ± {dice.std():.4f} over {len(rows)} scans, worst {worst['dice']:.4f} ({worst['name']})"
-    )
-    line += f", Jaccard {np.mean([row['jaccard'] for row in rows]):.4f}"
-    for name in ("hd95", "assd"):
-        finite = [row[name] for row in rows if np.isfinite(row[name])]
-        if finite:
-            line += f", {name.upper()} {np.mean(finite):.2f} ± {np.std(finite):.2f} mm"
-    failed = sum(not np.isfinite(row["hd95"]) for row in rows)
-    return line + (f"; {failed} scans with one mask empty are left out of the distances" if failed else "")
+def predict_scan(path: Path, net: UNet, how: dict, precision: torch.dtype, batch_size: int) -> tuple[Scan, np.ndarray]:
+    """A scan file, and the probabilities float32 (D, H, W) on its own grid; `how`: the checkpoint's preprocessing."""
+    scan = data.read_scan(path, how["axis"])
+    try:
+        volume = data.preprocess(scan.array, scan.spacing, how)
+        probability = predict_volume(net, volume, size=how["size"], precision=precision, batch_size=batch_size)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except torch.cuda.OutOfMemoryError:
+        raise DataError(f"{path}: out of GPU memory; lower --batch-size {batch_size}") from None
+    return scan, data.undo_preprocess(probability, scan.array.shape, how)
 
 
 def predict(args: argparse.Namespace) -> list[dict]:
     """Predict every scan of `args.scans`; returns a row for each: name, mask, and its scores where there is a label."""
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint)
-    net, recipe = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"]
-    precision = pick_precision(args.precision, device)
+    checkpoint, precision = load_checkpoint(args.checkpoint), pick_precision(args.precision, device)
+    net, how, split = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"], checkpoint["split"]
     keep_freed_memory()
-    out = Path(args.out)
-    pairs, split = find_scans(args.scans), checkpoint.get("split", {"train": [], "val": []})
-    if args.held_out:
-        pairs = [pair for pair in pairs if pair.name in split["val"]]
-        if not pairs:
-            raise DataError(
-                f"--held-out: none of the scans is among the {len(split['val'])} validation scans of the run"
-            )
-    labels = nifti_files(Path(args.labels)) if args.labels else {}
-    unlabelled = [pair.name for pair in pairs if args.labels and pair.name not in labels]
-    if unlabelled:
-        raise DataError(f"{args.labels}: no label for {', '.join(unlabelled)}; scans and labels are matched by name")
-    seen = [pair.name for pair in pairs if pair.name in split["train"]]
-    if args.labels and seen:
-        print(f"note: {len(seen)} of {len(pairs)} scans have names that the network was trained on; "
-              "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
 
-    for pair in pairs:
-        open_nifti(pair.image)  # before the first mask is written: a header costs nothing
+    scans = find_scans(args.scans, labelled=bool(args.labels or args.held_out))
+    if args.held_out:
+        scans = {name: path for name, path in scans.items() if name in split["val"]}
+        require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
+    labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
+    unlabelled = ", ".join(sorted(scans.keys() - labels.keys()))
+    require(not (labels and unlabelled), f"{args.labels}: no label for {unlabelled}; they are matched by name")
+    if labels and (seen := scans.keys() & split["train"]):
+        print(f"note: {len(seen)} of {len(scans)} scans have names that the network was trained on; "
+              "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
+    targets = {name: Path(args.out, f"{name}.nii{path.suffix.lower().removeprefix('.nii')}")
+               for name, path in scans.items()}
+    inputs = {path.resolve() for path in (*scans.values(), *labels.values())}
+    for name, path in scans.items():  # All is looked at before the first mask is written.
+        data.open_nifti(path)
+        mine = targets[name].resolve() not in inputs
+        require(mine, f"{targets[name]}: the mask would overwrite a scan or a label; choose another --out")
+
     rows: list[dict] = []
-    for pair in tqdm(pairs, desc="predicting", unit=" scans", disable=None):
-        target = out / (f"{pair.name}.nii" if pair.image.suffix == ".nii" else f"{pair.name}.nii.gz")
-        if target.resolve() == pair.image.resolve():
-            raise DataError(f"{pair.image}: the mask would overwrite the scan; choose another --out")
-        scan = read_scan(pair.image, recipe["axis"])
-        truth = read_mask(labels[pair.name], scan, recipe["axis"], recipe["label"]) if labels else None
-        try:
-            volume = preprocess(scan.array, scan.spacing, recipe)
-            probability = predict_volume(
-                net, volume, size=recipe["size"], precision=precision, batch_size=args.batch_size
-            )
-        except DataError as error:
-            raise DataError(f"{pair.image}: {error}") from None
-        except torch.OutOfMemoryError:
-            raise DataError(f"{pair.image}: out of GPU memory; lower --batch-size {args.batch_size}") from None
-        probability = undo_preprocess(probability, scan.array.shape, recipe)
-        mask = probability > 0.5
-        if args.largest_component:
-            mask = largest_component(mask)
-        write_like(target, mask.astype(np.uint8), scan)
-        if args.probability:
-            write_like(target.with_name(f"{pair.name}_probability{target.name[len(pair.name) :]}"), probability, scan)
-        if args.movie:
-            masks = [mask] if truth is None else [mask, truth.astype(bool)]
-            visualize.save_gif(visualize.movie(scan.array, masks, scan.spacing), out / f"{pair.name}.gif")
-        rows.append({"name": pair.name, "mask": str(target)})
-        if truth is not None:
-            rows[-1] |= score(mask, truth.astype(bool), scan.spacing)
+    for name, path in tqdm(scans.items(), "predicting", unit=" scans", disable=None):
+        scan, probability = predict_scan(path, net, how, precision, args.batch_size)
+        mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5
+        write_on_scan_grid(targets[name], mask.astype(np.uint8), scan)
+        rows.append({"name": name, "mask": str(targets[name])})
+        if labels:
+            rows[-1] |= score(mask, data.read_mask(labels[name], scan, how["label"]) > 0, scan.spacing)
+    if labels:
+        data.write_csv(Path(args.out, "scores.csv"), rows)
     return rows
+
+
+def summarise(rows: Sequence[dict]) -> str:
+    """Scores as text: a line for each scan, the worst first, then mean, standard deviation and worst over the scans.
+
+    A row has `name`, `dice`, and what else of `metrics.score` there is. Of a distance the mean is over the scans where
+    both masks have voxels; the others are counted.
+    """
+    shown = [name for name in ("dice", "jaccard", "hd95", "assd") if name in rows[0]]
+    wide = max(len("scan"), *(len(row["name"]) for row in rows))
+    lines = [f"{'scan':{wide}}" + "".join(f"{name:>10}" for name in shown)]
+    for row in sorted(rows, key=lambda row: row["dice"]):
+        lines.append(f"{row['name']:{wide}}" + "".join(f"{row[name]:10.4f}" for name in shown))
+    for name in shown:
+        values = np.array([row[name] for row in rows])
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            low, high = finite.min(), finite.max()
+            lines.append(f"{name:8} {finite.mean():.4f} (SD {finite.std():.4f}, {low:.4f} to {high:.4f})")
+    if "hd95" in shown and len(finite) < len(rows):
+        lines.append(f"{len(rows) - len(finite)} scans with one mask empty are left out of the distances")
+    return "\n".join(lines)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write masks for scans, and score them if labels are given.")
-    parser.add_argument("scans", nargs="+", metavar="SCAN_OR_FOLDER", help=".nii, .nii.gz, or a folder of them")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the masks")
-    parser.add_argument("--labels", metavar="DIR", help="label files of the same names: scores.csv and a summary")
-    parser.add_argument("--held-out", action="store_true", help="only the scans that the run kept for validation")
-    parser.add_argument("--probability", action="store_true", help="also write the probabilities, as float32")
-    parser.add_argument("--largest-component", action="store_true", help="keep the largest connected part only")
-    parser.add_argument("--movie", action="store_true", help="also a GIF of mask over scan, slice by slice")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="slices at a time (default %(default)s)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
-    parser.add_argument("--max-gb", type=float, default=data.MAX_GB, help="memory for one scan (default: half of all)")
-    parser.print_usage = lambda _: None  # an error is one line
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("scans", nargs="+", metavar="SCAN_OR_FOLDER", help=".nii, .nii.gz, or a folder of them")
+    add("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run")
+    add("--out", required=True, metavar="DIR", help="folder for the masks")
+    add("--labels", metavar="DIR", help="label files of the same names: scores.csv and a summary")
+    add("--held-out", action="store_true", help="only the scans that the run kept for validation")
+    add("--largest-component", action="store_true", help="keep the largest connected part only")
+    add("--batch-size", type=int, default=16, metavar="N", help="slices at a time (default %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: expected at least 1")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    data.MAX_GB = args.max_gb
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
-        if args.batch_size < 1:
-            raise DataError(f"--batch-size {args.batch_size}: expected at least 1")
         rows = predict(args)
-        if args.labels:
-            path, text = Path(args.out) / "scores.csv", io.StringIO()
-            writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    except (DataError, OSError) as error:
+    except DataError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the masks written so far are whole", file=sys.stderr)
+        return 130
     print(f"{len(rows)} masks in {args.out}")
     if args.labels:
-        print(f"{path}\n\n{table(rows)}\n{summarise(rows)}")
+        print(f"{summarise(rows)}\n{args.out}/scores.csv")
     return 0
 
 

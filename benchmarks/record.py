@@ -51,7 +51,7 @@ def commit() -> str:
 
 def shown(arguments: Sequence[str]) -> str:
     """Arguments as one would type them elsewhere: no path of the machine they ran on."""
-    words, hidden = [], ("--out", "--cache", "--logs")
+    words, hidden = [], ("--out", "--cache", "--tensorboard")
     for before, word in zip(["", *arguments], arguments, strict=False):
         if word not in hidden and before not in hidden:
             words.append(Path(word).name if before == "--data" else word)
@@ -69,16 +69,14 @@ def record(
         change: what the run is for, in words.
     """
     args = train.parse_args([*arguments, "--resume"] if "--out" in arguments else arguments)
-    result = train.train(args)
-    source = Path(args.cache) / "phantom" if args.data == "phantom" else Path(args.data)
-    truths = next(folder for folder in (source / "labelsTr", source / "labels") if folder.is_dir())
+    checkpoint = train.train(args)
+    last, labels = f"{checkpoint['out']}/last.pt", {pair.name: pair.label for pair in data.find_pairs(args.data)}
     started = time.perf_counter()
     rows = predict.predict(predict.parse_args([
-        str(source), "--checkpoint", result["checkpoint"], "--out", f"{result['out']}/masks", "--labels", str(truths),
-        "--held-out", "--device", args.device, "--precision", args.precision, *prediction]))
+        args.data, "--checkpoint", last, "--out", f"{checkpoint['out']}/masks", "--labels",
+        str(next(iter(labels.values())).parent), "--held-out", "--device", args.device, "--precision", args.precision,
+        *prediction]))
     seconds = time.perf_counter() - started
-    checkpoint = predict.load_checkpoint(result["checkpoint"])
-    labels = data.nifti_files(truths)
     for row in rows:
         masks = (np.asarray(nib.load(path).dataobj) for path in (row.pop("mask"), labels[row["name"]]))
         mask, truth = (np.isin(array, args.label) if args.label and i else array > 0 for i, array in enumerate(masks))
@@ -97,10 +95,9 @@ def record(
         "parameters": sum(value.numel() for key, value in checkpoint["model"].items()
                           if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))),
         "train_scans": len(checkpoint["split"]["train"]),
-        "minutes": sum(row["seconds"] + row["validation_seconds"] for row in checkpoint["log"]) / 60,
+        "minutes": sum(row["system/seconds"] + row["system/validation_seconds"] for row in checkpoint["log"]) / 60,
         "minutes_predicting": seconds / 60,
-        "dice_in_training": result["dice"],
-        "best_epoch_dice": result["best"],
+        "best_epoch_dice": max(row["val/dice"] for row in checkpoint["log"]),
         "mean": mean,
         "std": {key: float(np.std([row[key] for row in rows])) for key in mean},
         "worst_dice": min(row["dice"] for row in rows),
@@ -108,7 +105,7 @@ def record(
         "log": checkpoint["log"],
     }
     path = results / f"{name}.json"
-    data.write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
+    data.write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
     print(f"{path}\nfrom the masks on disk: {predict.summarise(rows)}", flush=True)
     return content
 

@@ -43,6 +43,33 @@ def write_nifti():
 @pytest.fixture
 def run_args(phantoms, tmp_path):
     """Arguments of a tiny run: seconds on one core."""
-    folders = ["--cache", str(tmp_path / "cache"), "--logs", str(tmp_path / "logs"), "--out", str(tmp_path / "run")]
+    folders = ["--cache", str(tmp_path / "cache"), "--tensorboard", str(tmp_path / "logs"), "--out", str(tmp_path / "run")]
     tiny = ["--width", "4", "--depth", "2", "--epochs", "2", "--batch-size", "8", "--folds", "3", "--precision", "fp32"]
     return ["--data", str(phantoms), *folders, *tiny, "--workers", "0", "--device", "cpu"]
+
+
+def weights(path):
+    """The network's tensors in a checkpoint."""
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(one, other):
+    """Two state dicts are equal to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_pictures(set_attribute=setattr):
+    """Pictures take a second an epoch; only the test that looks for them draws them."""
+    import train
+    import visualize
+
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    for module, name in ((train, "draw_panels"), (visualize, "curves"), (visualize, "save"), (visualize, "rgb")):
+        set_attribute(module, name, lambda *_: pixels)
+
+
+@pytest.fixture
+def quick(run_args, phantoms, monkeypatch):
+    """Arguments of a run of two epochs of four steps, with a common cache and without pictures: half a second."""
+    without_pictures(monkeypatch.setattr)
+    return [*run_args, "--cache", str(phantoms.parent / "cache"), "--limit-batches", "4"]

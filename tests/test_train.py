@@ -1,241 +1,344 @@
-"""The loop: what a run leaves, that it learns, that it resumes to the bit, and that it survives bad steps."""
+"""The loop: what a run leaves, that it learns, that it goes on to the bit, and what it refuses."""
 
 import csv
+import gc
+import io
 import json
-import math
-import re
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import same, weights
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
 import predict
 import train
 
-
-def weights(path):
-    return predict.load_checkpoint(path)["model"]
+VOLUME = ["--dims", "3", "--size", "8", "24", "24", "--batch-size", "2", "--spacing", "6"]
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def run(*argv):
+    return train.train(train.parse_args([*map(str, argv)]))
 
 
-def test_learning_rate_is_a_function_of_the_step():
-    rates = [train.lr_at(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.05) and rates[19] == 1 == max(rates)
-    assert rates[:20] == sorted(rates[:20]) and rates[19:] == sorted(rates[19:], reverse=True)
-    assert rates[60] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
-    assert {train.lr_at(step, 7, "constant") for step in range(7)} == {1}
-    assert 0 < train.lr_at(0, 1) <= 1
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_a_run_leaves(run_args, phantoms, tmp_path, capsys):
-    args = train.parse_args([*run_args, "--augment", "seed"])
-    result = train.train(args)
-    out, shown = tmp_path / "run", capsys.readouterr().out
-    left = {"last.pt", "best.pt", "log.csv", "split.json", "args.json", "validation.png", "curves.png", "worst.png"}
-    assert {path.name for path in out.iterdir()} == left
+def test_learning_rate_by_hand():
+    """Ten steps: two up, the rest down along half a cosine."""
+    rates = [train.lr_at(step, 10) for step in range(10)]
+    assert rates[:3] == [0.5, 1, 1] and rates[6] == pytest.approx(0.5)
+    assert rates[4] == pytest.approx(0.853553, abs=1e-6) and rates[9] == pytest.approx(0.038060, abs=1e-6)
+    assert train.lr_at(0, 1) == 1 == train.lr_at(3, 7, "constant")
 
-    checkpoint = predict.load_checkpoint(out / "last.pt")
-    assert checkpoint["epoch"] == 1 and checkpoint["version"] == predict.VERSION
-    assert checkpoint["network"]["width"] == 4 and checkpoint["preprocess"]["axis"] == 2
+
+def test_what_a_run_leaves(run_args, tmp_path, capsys):
+    """Files, log, TensorBoard and screen; and in this process nothing: no signal handler, no filter, no variable."""
+    def here():
+        handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+        return handlers, warnings.filters[:], warnings.showwarning, sys.excepthook, dict(os.environ), os.getcwd()
+
+    before, seed_before = here(), np.random.get_state()[1].copy()
+    result = run(*run_args, "--limit-batches", 2, "--augment", "none")
+    assert here() == before and (np.random.get_state()[1] == seed_before).all()
+    shown, out = capsys.readouterr(), tmp_path / "run"
+    assert shown.err == "" and shown.out.isascii()  # progress bars are for terminals
+    files = "last.pt best.pt log.csv split.json args.json validation.png curves.png"
+    assert {path.name for path in out.iterdir()} == set(files.split())
+
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert same(checkpoint["model"], result["model"]) and result["out"] == str(out)
+    assert checkpoint["network"] | {"width": 4, "depth": 2, "dims": 2, "stem": 2} == checkpoint["network"]
+    assert checkpoint["preprocess"]["axis"] == 2 and len(checkpoint["preprocess"]["size"]) == 2
+    assert checkpoint["args"] == json.loads((out / "args.json").read_text()) and checkpoint["args"]["lr"] == 4e-3
     split = json.loads((out / "split.json").read_text())
-    assert checkpoint["split"] == split and not set(split["train"]) & set(split["val"])
-    assert len(split["val"]) == 2 and len(split["train"]) == 4
-    assert json.loads((out / "args.json").read_text())["width"] == 4
-    log = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in log] == ["0", "1"]
-    assert all(math.isfinite(float(value)) for row in log for value in row.values())
+    assert checkpoint["split"] == split == {"train": ["la_001", "la_002", "la_004", "la_005"], "val": ["la_000", "la_003"]}
 
-    assert result["dice"] == pytest.approx(float(log[-1]["dice_mean"])) == np.mean(list(result["scans"].values()))
-    assert set(result["scans"]) == set(split["val"]) and result["checkpoint"] == str(out / "last.pt")
-    assert result["seconds"] > 0 and all(name in shown for name in split["val"])
-    table = [line for line in shown.splitlines() if line.startswith("  ")]
-    assert table[0].split() == ["scan", "Dice"] and len({len(line) for line in table}) == 1
-    assert len(table) == 3 and table[1].split()[1] <= table[2].split()[1]  # the worst first
-    assert f"predict.py {phantoms} --checkpoint {out}/last.pt" in shown
-    events = list((tmp_path / "logs" / "run").glob("events*"))
-    assert len(events) == 1 and b"dice/mean" in events[0].read_bytes() and b"validation" in events[0].read_bytes()
+    log = [{name: float(value) for name, value in row.items()}
+           for row in csv.DictReader((out / "log.csv").read_text().splitlines())]
+    assert [row.pop("epoch") for row in log] == [1, 2]
+    scores = list(result["scans"].values())
+    assert set(result["scans"]) == {"la_000", "la_003"} and log[-1]["val/dice"] == pytest.approx(np.mean(scores))
+    assert log[-1]["val/dice_worst"] == min(scores) and log[-1]["val/dice_std"] == pytest.approx(np.std(scores))
+    # Against an all-black prediction: the share of organ in truth and prediction, also on the screen.
+    masks = [data.read_mask(pair.label, data.read_scan(pair.image)) for pair in data.find_pairs(run_args[1])[::3]]
+    truth = sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+    assert log[0]["val/foreground_truth"] == pytest.approx(truth) and 0 <= log[0]["val/foreground_prediction"] <= 1
+    assert f"organ {log[1]['val/foreground_prediction']:.2%} of {truth:.2%}" in shown.out
 
-
-def test_predict_reproduces_the_validation_dice_from_files(run_args, phantoms, tmp_path):
-    """The score printed by training is that of the masks on disk, read back: same scans, same grid, same threshold."""
-    changes = ["--augment", "none", "--epochs", "3", "--batch-size", "2", "--width", "8"]
-    result = train.train(train.parse_args([*run_args, *changes]))
-    run = [str(phantoms), "--checkpoint", result["checkpoint"], "--out", str(tmp_path / "masks"), "--device", "cpu"]
-    assert predict.main([*run, "--labels", str(phantoms / "labelsTr"), "--held-out", "--precision", "fp32"]) == 0
-    rows = list(csv.DictReader((tmp_path / "masks" / "scores.csv").read_text().splitlines()))
-    assert {row["name"]: float(row["dice"]) for row in rows} == result["scans"]
-    assert max(result["scans"].values()) > 0
+    events = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
+    assert set(events.Tags()["scalars"]) == set(log[0]) and {name.split("/")[0] for name in log[0]} == {"train", "val", "system"}
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (n, pytest.approx(row["train/loss"])) for n, row in enumerate(log, start=1)]
+    assert [image.step for image in events.Images("validation")] == [1, 2]
 
 
-def test_two_epochs_and_two_more_equal_four_to_the_bit(run_args, tmp_path, monkeypatch):
-    """With augmentation, schedule and 2 workers: stopped after 2 epochs and resumed, a run ends in the same weights."""
-    arguments = [*run_args, "--augment", "full", "--workers", "2", "--epochs", "4"]
-    train.train(train.parse_args([*arguments, "--out", str(tmp_path / "whole")]))
-
-    calls, evaluate = [], train.evaluate
-
-    def killed_in_the_third_epoch(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise SystemExit(130)
-        return evaluate(*args)
-
-    monkeypatch.setattr(train, "evaluate", killed_in_the_third_epoch)
-    assert train.main([*arguments, "--out", str(tmp_path / "halves")]) == 130
-    halfway = predict.load_checkpoint(tmp_path / "halves" / "last.pt")
-    assert halfway["epoch"] == 1
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    assert train.main([*arguments, "--out", str(tmp_path / "halves"), "--resume"]) == 0
-
-    whole, halves = (predict.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "halves"))
-    assert equal(whole["model"], halves["model"]) and not equal(whole["model"], halfway["model"])
-    for key, state in whole["optimizer"]["state"].items():
-        assert equal(state, halves["optimizer"]["state"][key])
-    assert [row["train_loss"] for row in whole["log"]] == [row["train_loss"] for row in halves["log"]]
-    assert equal(weights(tmp_path / "whole" / "best.pt"), weights(tmp_path / "halves" / "best.pt"))
-
-    before = (tmp_path / "halves" / "last.pt").read_bytes()
-    assert train.main([*arguments, "--out", str(tmp_path / "halves"), "--resume"]) == 0  # nothing is left to do
-    assert (tmp_path / "halves" / "last.pt").read_bytes() == before
-
-
-def test_seed_decides_and_workers_do_not(run_args, tmp_path):
-    ends = []
-    for i, changes in enumerate([[], ["--workers", "1"], ["--seed", "1"]]):
-        run = [*run_args, "--augment", "full", "--epochs", "1", "--out", str(tmp_path / f"{i}"), *changes]
-        ends.append(weights(train.train(train.parse_args(run))["checkpoint"]))
-    assert equal(ends[0], ends[1]) and not equal(ends[0], ends[2])
-
-
-def test_overfits_four_slices(run_args):
-    """If four slices cannot be learnt by heart, nothing else can be."""
-    run = [*run_args, "--overfit", "4", "--epochs", "8", "--width", "8"]
-    result = train.train(train.parse_args(run))
-    assert len(result["scans"]) == 4 and result["dice"] > 0.98
-
-
-VOLUME = ["--dims", "3", "--patch", "12", "24", "24", "--batch-size", "2", "--spacing", "5"]
-
-
-def test_volumes_are_the_same_run_with_dims_3(run_args, phantoms, tmp_path):
-    """It learns, resumes to the bit, and predict.py finds the validation Dice again through the sliding window."""
-    run = [*run_args, *VOLUME, "--augment", "seed", "--attention", "--epochs", "3", "--lr", "2e-2"]
-    whole = train.train(train.parse_args([*run, "--out", str(tmp_path / "whole")]))
-    assert whole["losses"][-1] < 0.8 * whole["losses"][0]
-    checkpoint = predict.load_checkpoint(whole["checkpoint"])
-    assert checkpoint["network"]["dims"] == 3 and checkpoint["preprocess"]["spacing"] == [5, 5, 5]
-    masks = [str(phantoms), "--checkpoint", whole["checkpoint"], "--out", str(tmp_path / "masks"), "--device", "cpu"]
-    assert predict.main([*masks, "--labels", str(phantoms / "labelsTr"), "--held-out", "--precision", "fp32"]) == 0
+@pytest.mark.parametrize("dims", [2, 3])
+def test_predict_finds_the_validation_dice_again_from_files(quick, phantoms, tmp_path, dims):
+    result = run(*quick, *(VOLUME if dims == 3 else []), "--attention", "--lr", 2e-2, "--augment", "geometry")
+    job = [str(phantoms), "--checkpoint", f"{result['out']}/last.pt", "--out", str(tmp_path / "masks")]
+    job += ["--labels", str(phantoms / "labelsTr"), "--held-out", "--precision", "fp32", "--device", "cpu"]
+    assert predict.main(job) == 0
     rows = csv.DictReader((tmp_path / "masks" / "scores.csv").read_text().splitlines())
-    assert {row["name"]: float(row["dice"]) for row in rows} == whole["scans"]
+    assert {row["name"]: float(row["dice"]) for row in rows} == result["scans"] and min(result["scans"].values()) > 0
 
 
-def test_neighbours_are_seen_in_training_and_in_prediction(run_args, phantoms, tmp_path):
-    result = train.train(train.parse_args([*run_args, "--neighbours", "1", "--epochs", "1"]))
-    assert predict.load_checkpoint(result["checkpoint"])["network"]["in_channels"] == 3
-    run = [str(phantoms), "--checkpoint", result["checkpoint"], "--out", str(tmp_path / "masks")]
-    assert predict.main([*run, "--held-out"]) == 0
+@pytest.mark.parametrize("engine", ["loop", "lightning"])
+def test_stopped_after_two_epochs_and_resumed_a_run_ends_as_if_left_alone(quick, tmp_path, monkeypatch, capsys, engine):
+    """To the bit, with augmentation, schedule, clipping and 2 workers: weights, optimiser, log, best epoch."""
+    if engine == "lightning":
+        pytest.importorskip("lightning")
+    common = [*quick, "--engine", engine, "--workers", "2", "--epochs", "4"]
+    job = [*common, "--out", str(tmp_path / "parts")]
+    alone, epochs, evaluate = run(*common, "--out", tmp_path / "alone"), [], train.evaluate
+
+    def stop(net, scans, *rest):
+        epochs.append(len(list(scans)))
+        if sum(epochs) > 4:  # two epochs of two scans are done
+            raise KeyboardInterrupt
+        return evaluate(net, scans, *rest)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "evaluate", stop)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which `main` sets
+    assert train.main(job) == 130 and "--resume" in capsys.readouterr().err.splitlines()[-1]
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    halfway = predict.load_checkpoint(tmp_path / "parts" / "last.pt")
+    assert len(halfway["log"]) == 2 and not same(halfway["model"], alone["model"])
+
+    resumed = run(*job, "--resume")
+    assert same(alone["model"], resumed["model"]) and alone["scans"] == resumed["scans"]
+    assert same(weights(tmp_path / "alone" / "best.pt"), weights(tmp_path / "parts" / "best.pt"))
+    for name in ("train/loss", "train/grad_norm", "train/lr", "val/dice"):
+        assert [row[name] for row in alone["log"]] == [row[name] for row in resumed["log"]]
+    states = [(end["optimizer"] if engine == "loop" else end["optimizer_states"][0])["state"] for end in (alone, resumed)]
+    assert states[0] and all(same(states[0][key], states[1][key]) for key in states[0])
+
+    before = (tmp_path / "parts" / "last.pt").read_bytes()
+    assert same(run(*job, "--resume")["model"], alone["model"])  # nothing is left to do
+    assert (tmp_path / "parts" / "last.pt").read_bytes() == before
 
 
-def test_fold_all_trains_on_everything(run_args, tmp_path):
-    result = train.train(train.parse_args([*run_args, "--fold", "all", "--limit-batches", "1"]))
-    assert result["dice"] is None and result["scans"] == {}
-    checkpoint = predict.load_checkpoint(tmp_path / "run" / "best.pt")
-    assert len(checkpoint["split"]["train"]) == 6 and checkpoint["split"]["val"] == [] and checkpoint["epoch"] == 1
+def test_seed_decides_and_workers_do_not(quick, tmp_path):
+    changes = [[], ["--workers", 1], ["--seed", 1]]
+    ends = [run(*quick, "--epochs", 1, "--out", tmp_path / f"{i}", *change) for i, change in enumerate(changes)]
+    assert same(ends[0]["model"], ends[1]["model"]) and not same(ends[0]["model"], ends[2]["model"])
 
 
-class Poisoned(data.SliceDataset):
-    """Every fifth slice holds an infinite voxel."""
-
-    def __getitem__(self, index):
-        image, mask = super().__getitem__(index)
-        if index % 5 == 0:
-            image[0, 0, 0] = math.inf
-        return image, mask
+def test_it_overfits_one_scan(quick):
+    """If one scan cannot be learnt by heart, nothing else can be."""
+    result = run(*quick, "--limit-batches", 99, "--overfit", 1, "--epochs", 24, "--width", 8, "--batch-size", 4, "--lr", 1e-2)
+    assert len(result["scans"]) == 1 and result["log"][-1]["val/dice"] > 0.85
+    assert result["log"][-1]["train/loss"] < 0.3 * result["log"][0]["train/loss"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(run_args, tmp_path, monkeypatch, capsys, precision):
-    monkeypatch.setattr(data, "SliceDataset", Poisoned)
-    run = [*run_args, "--norm", "none", "--batch-size", "2", "--epochs", "1", "--augment", "none"]
-    train.train(train.parse_args([*run, "--precision", precision]))
-    row = predict.load_checkpoint(tmp_path / "run" / "last.pt")["log"][0]
-    steps = row["slices_per_second"] * row["seconds"] / 2
-    assert 0 < row["skipped"] < steps and math.isfinite(row["train_loss"])
-    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run" / "last.pt").values())
-    assert f"{row['skipped']} non-finite steps skipped" in capsys.readouterr().out
+@pytest.mark.parametrize("loss", ["dice", "bce", "bce_dice"])
+def test_it_learns_the_phantom(quick, loss):
+    """A floor for scans that were never seen, and no prediction that is black or white."""
+    result = run(*quick, "--limit-batches", 99, "--epochs", 8, "--width", 8, "--batch-size", 4, "--augment", "none",
+                 "--loss", loss, "--lr", 1e-2)
+    row = result["log"][-1]
+    assert row["val/dice"] > 0.6 and 0.5 < row["val/foreground_prediction"] / row["val/foreground_truth"] < 2
 
 
-@pytest.mark.parametrize("loss", ["dice", "bce"])
-@pytest.mark.parametrize("norm", ["none", "instance"])
-def test_recipes_run(run_args, loss, norm):
-    changes = ["--loss", loss, "--norm", norm, "--schedule", "constant", "--weight-decay", "0", "--clip", "0"]
-    changes += ["--augment", "seed", "--normalise", "minmax", "--crop", "4", "--size", "40", "36", "--epochs", "1"]
-    assert 0 <= train.train(train.parse_args([*run_args, *changes, "--limit-batches", "2"]))["dice"] <= 1
+def test_every_scan_can_be_trained_on_with_the_first_recipe(quick, tmp_path):
+    old = "--stem 1 --norm none --loss dice --schedule constant --weight-decay 0 --clip 0 --normalise minmax --crop 4"
+    for engine in ("loop", "lightning"):
+        out = tmp_path / engine
+        result = run(*quick, *old.split(), "--fold", "all", "--engine", engine, "--out", out, "--augment", "geometry")
+        assert len(result["split"]["train"]) == 6 and result["split"]["val"] == [] == list(result["scans"])
+        assert same(weights(out / "best.pt"), result["model"])  # without validation the last is the best
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(run_args, tmp_path, capsys):
-    run = [*run_args, "--limit-batches", "1", "--augment", "none"]
-    assert train.main(run) == 0
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    for changes, told in [([], "add --resume"), (["--resume", "--width", "8"], "--width 8: .* trained with 4")]:
-        assert train.main([*run, *changes]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and re.search(told, error)
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+def test_best_is_the_first_epoch_of_the_highest_dice_for_both_engines(quick, tmp_path, monkeypatch):
+    evaluate, told = train.evaluate, []
+    scores = [0.2, 0.4, 0.4, 0.3]
+
+    def judged(*args):
+        rows = evaluate(*args)
+        told.extend(rows)
+        return [row | {"dice": scores[(len(told) - 1) // 2]} for row in rows]
+
+    monkeypatch.setattr(train, "evaluate", judged)
+    for engine in ("loop", "lightning"):
+        told.clear()
+        run(*quick, "--epochs", 4, "--engine", engine, "--out", tmp_path / engine)
+        best = predict.load_checkpoint(tmp_path / engine / "best.pt")
+        assert [row["val/dice"] for row in best["log"]] == pytest.approx(scores[:2])
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        (["--epochs", "0"], "--epochs 0"),
-        (["--fold", "first"], "--fold first"),
-        (["--fold", "3"], "--fold 3: expected 0 to 2"),
-        (["--folds", "9"], "--folds 9: expected 2 to 6"),
-        (["--label", "7"], "no label file holds foreground"),
-        (["--data", "/nowhere"], "/nowhere: not a folder"),
-        (["--crop", "400"], "--crop 400"),
-        (["--device", "cuda:9"], "--device cuda:9"),
-    ],
-)
-def test_bad_arguments_end_in_one_line_and_exit_code_2(run_args, tmp_path, capsys, changes, told):
-    try:
-        code = train.main([*run_args, *changes])
-    except SystemExit as end:  # argparse's own
-        code = end.code
+def test_steps_of_an_epoch(quick, monkeypatch):
+    """58 slices are 7 batches of 8; two batches a step are 4 steps, the last of one batch; a limit comes first."""
+    clip, count = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: count.append(1) or clip(*args))
+    for limit, accumulate, steps in ((99, 1, 7), (99, 2, 4), (3, 2, 2), (3, 5, 1)):
+        count.clear()
+        job = [*quick, "--limit-batches", limit, "--accumulate", accumulate, "--epochs", 1, "--overfit", 4]
+        prepared = train.prepare(train.parse_args([*map(str, job), "--out", f"{quick[5]}{limit}{accumulate}"]))
+        assert (prepared.steps, len(prepared.train_set)) == (steps, 58)
+        train.fit_loop(prepared)
+        assert len(count) == steps
+
+
+def test_two_batches_of_four_are_one_of_eight(quick, tmp_path):
+    common = [*quick, "--loss", "bce", "--norm", "instance", "--augment", "none", "--epochs", "1", "--clip", "0"]
+    one = run(*common, "--out", tmp_path / "one")
+    two = run(*common, "--batch-size", 4, "--accumulate", 2, "--limit-batches", 8, "--out", tmp_path / "two")
+    assert one["log"][0]["train/loss"] == pytest.approx(two["log"][0]["train/loss"], rel=1e-4)
+    assert max((one["model"][name] - two["model"][name]).abs().max() for name in one["model"]) < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def refuse(capsys, job, told):
+    """Exit code 2 and one line on stderr, which holds `told`."""
+    capsys.readouterr()
+    assert train.main([*map(str, job)]) == 2
     error = capsys.readouterr().err
-    assert code == 2 and told in error.splitlines()[-1] and "Traceback" not in error
+    assert error.count("\n") == 1 and told in error, error
+
+
+def test_resume_is_refused_where_arguments_or_data_are_others(quick, phantoms, tmp_path, monkeypatch, capsys):
+    """And then nothing in the folder has changed; but epochs may grow, and device, workers and paths may differ."""
+    run(*quick)
+    out = tmp_path / "run"
+    before = snapshot(out)
+    refuse(capsys, quick, "add --resume")
+    for name, value in (("--width", 8), ("--lr", 1e-3), ("--seed", 7), ("--fold", 1), ("--engine", "lightning"),
+                        ("--augment", "none"), ("--limit-batches", 5), ("--batch-size", 4)):
+        refuse(capsys, [*quick, "--resume", name, value], name.strip("-").replace("-", "_"))
+    with monkeypatch.context() as patch:  # the same names, another spacing
+        survey = data.survey
+        patch.setattr(data, "survey", lambda pairs: [mm * 1.3 for mm in survey(pairs)])
+        refuse(capsys, [*quick, "--resume"], "preprocess")
+    (out / "last.pt").write_bytes(before["last.pt"][:1000])
+    refuse(capsys, [*quick, "--resume"], "last.pt: not a checkpoint")
+    (out / "last.pt").write_bytes(before["last.pt"])
+    assert snapshot(out) == before
+    moved = out.rename(tmp_path / "moved")
+    longer = run(*quick, "--resume", "--out", moved, "--epochs", 3, "--workers", 1, "--cache", tmp_path / "other")
+    assert [row["train/lr"] > 0 for row in longer["log"]] == [True] * 3
+    assert "laid out for 2 epochs" in capsys.readouterr().err
+
+
+def test_a_checkpoint_alone_is_not_overwritten(quick, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pt").write_bytes(b"mine")
+    refuse(capsys, quick, "run: holds a run")
+    assert snapshot(tmp_path / "run") == {"best.pt": b"mine"}
+
+
+def test_of_two_runs_at_once_in_one_folder_one_is_refused_and_without_out_each_has_its_own(quick, tmp_path, monkeypatch):
+    """The first has claimed the folder before its first epoch ends."""
+    train.prepare(train.parse_args(quick))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(data.DataError, match="holds a run"):
+        train.prepare(train.parse_args([*quick, "--seed", "2"]))
+    assert snapshot(tmp_path / "run") == before
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda text, *_: text.replace("%Y%m%d-%H%M%S", "20250101-000000"))
+    where = quick.index("--out")
+    folders = []
+    for pid in (11, 12):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        folders.append(train.claim_folder(train.parse_args(quick[:where] + quick[where + 2 :])))
+    assert folders[0] != folders[1] and all((folder / "args.json").exists() for folder in folders)
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ("--fold 3", "--fold 3: expected 0 to 2"), ("--label 7", "no label file holds foreground"),
+    ("--data /nowhere", "/nowhere"), ("--device cuda:99", "--device cuda:99"), ("--size 4 4", "--size 4 4"),
+    ("--precision fp16", "--precision fp16"), ("--engine lightning --precision fp16", "--precision fp16"),
+])
+def test_a_run_that_cannot_be_is_refused_in_one_line(quick, tmp_path, capsys, changes, told):
+    refuse(capsys, [*quick, *changes.split()], told)
     assert not (tmp_path / "run").exists()
 
 
-def test_phantom_is_a_data_set_of_its_own(run_args, tmp_path):
-    run = [*run_args, "--data", "phantom", "--limit-batches", "1", "--epochs", "1", "--augment", "none"]
-    assert train.train(train.parse_args(run))["dice"] is not None
-    assert (tmp_path / "cache" / "phantom" / "dataset.json").exists()
+@pytest.mark.parametrize("changes", ["--epochs 0", "--depth 30", "--lr nan", "--seed 99999999999", "--size 8 8 8",
+                                     "--spacing -1", "--batch-size x", "--stem 0"])
+def test_arguments_out_of_range_are_refused_by_name(quick, capsys, changes):
+    with pytest.raises(SystemExit) as end:
+        train.parse_args([*quick, *changes.split()])
+    assert end.value.code == 2 and f"argument {changes.split()[0]}" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_compiled_network_saves_plain_names(run_args, tmp_path):
-    train.train(train.parse_args([*run_args, "--compile", "--limit-batches", "2", "--epochs", "1"]))
-    assert not [name for name in weights(tmp_path / "run" / "last.pt") if "_orig_mod" in name]
+def test_a_screen_that_knows_ascii_only_does_not_end_a_run(quick, tmp_path, monkeypatch):
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "ascii", write_through=True))  # PYTHONIOENCODING=ascii
+    assert train.main([*quick, "--out", str(tmp_path / "Übung"), "--epochs", "1"]) == 0
+    assert b"epoch  1/1" in screen.getvalue() and (tmp_path / "Übung" / "last.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------- precision and CUDA
+
+
+@pytest.mark.parametrize(("changes", "chosen"), [
+    ("--size 8 24 24 --stem 1 --depth 2", "float32"),  # depths 8, 4, 2
+    ("--size 7 24 24 --stem 2 --depth 1", "float32"),  # padded to 8: 4, 2
+    ("--size 9 24 24 --stem 2 --depth 2", "float32"),  # padded to 16: 8, 4, 2
+    ("--size 12 24 24 --stem 1 --depth 2", "bfloat16"),  # 12, 6, 3
+])
+def test_on_a_cpu_no_level_of_depth_two_is_trained_in_bfloat16(quick, monkeypatch, capsys, changes, chosen):
+    """PyTorch's gradient of a 3D convolution is wrong there."""
+    monkeypatch.setattr(predict, "pick_precision", lambda *_: torch.bfloat16)
+    prepared = train.prepare(train.parse_args([*quick, *VOLUME, *changes.split()]))
+    assert str(prepared.precision) == f"torch.{chosen}" and f"cpu, {chosen}, 1 process" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["loop", "lightning"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_learns_on_cuda(run_args, precision):
-    changes = ["--device", "cuda", "--overfit", "4", "--epochs", "8", "--width", "8", "--precision", precision]
-    assert train.train(train.parse_args([*run_args, *changes]))["dice"] > 0.95
+def test_cuda_learns_and_resumes(quick, tmp_path, precision, engine):
+    job = [*quick, "--device", "cuda", "--precision", precision, "--engine", engine, "--limit-batches", "99"]
+    job += ["--overfit", "1", "--width", "8", "--batch-size", "4", "--lr", "1e-2", "--schedule", "constant"]
+    run(*job, "--epochs", 12)
+    result = run(*job, "--epochs", 24, "--resume", "--workers", 2)
+    assert len(result["log"]) == 24 and result["log"][-1]["val/dice"] > 0.8
+    assert result["log"][12]["train/loss"] < 1.5 * result["log"][11]["train/loss"]
 
 
-def test_worst_shows_the_slice_with_the_most_wrong_pixels(run_args, tmp_path):
-    """The fullest slice of a scan may be the one that went well."""
-    run = train.prepare(train.parse_args(run_args))
-    rows = train.evaluate(run.net, run.val_scans, run.recipe, run.precision, 8)
-    for row, scan in zip(rows, run.val_scans, strict=True):
-        wrong = (row["worst"][2] > 0.5) != row["worst"][1]
-        assert wrong.sum() >= ((row["panel"][2] > 0.5) != row["panel"][1]).sum()
-        assert row["panel"][1].sum() == max(scan.foreground)
+@pytest.mark.gpu
+def test_cuda_engines_are_twins_in_bfloat16(quick, tmp_path):
+    logs = [run(*quick, "--device", "cuda", "--precision", "bf16", "--engine", engine, "--out", tmp_path / engine)["log"]
+            for engine in ("loop", "lightning")]
+    for one, other in zip(*logs, strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.slow
+def test_compiled_network_saves_plain_names(quick, device):
+    result = run(*quick, "--compile", "--device", device)
+    assert not [name for name in result["model"] if "_orig_mod" in name] and result["log"][1]["train/skipped"] == 0
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat(quick, monkeypatch):
+    """Pictures at every epoch: nothing of one stays. The last three quarters of the run are looked at."""
+    monkeypatch.undo()
+    samples, write_log = [], train.write_log
+
+    def sample(*args):
+        write_log(*args)
+        gc.collect()
+        figures = sum(type(thing) is Figure for thing in gc.get_objects())
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+        samples.append((resident, figures, len(os.listdir("/proc/self/fd"))))
+
+    monkeypatch.setattr(train, "write_log", sample)
+    run(*quick, "--epochs", 40)
+    memory, figures, files = zip(*samples[10:], strict=True)
+    assert max(memory) - memory[0] < 8 and max(figures) == min(figures) and max(files) == min(files)

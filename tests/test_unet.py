@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unet import AttentionGate, UNet
+from unet import AttentionGate, UNet, depth_to_space, space_to_depth
 
 
 def test_seed_network_has_the_published_number_of_parameters():
@@ -13,22 +13,42 @@ def test_seed_network_has_the_published_number_of_parameters():
 
 
 @pytest.mark.parametrize("size", [(97, 131), (8, 8), (1, 1), (64, 3)])
-@pytest.mark.parametrize("attention", [False, True])
-def test_any_slice_size_comes_back(size, attention):
-    net = UNet(width=4, depth=3, attention=attention).eval()
+@pytest.mark.parametrize(("attention", "stem"), [(False, 1), (True, 1), (False, 2), (True, 4)])
+def test_any_slice_size_comes_back(size, attention, stem):
+    net = UNet(width=4, depth=3, attention=attention, stem=stem).eval()
     assert net(torch.randn(2, 1, *size)).shape == (2, 1, *size)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch", "instance"])
+@pytest.mark.parametrize("stem", [1, 2])
 @pytest.mark.parametrize(("dims", "size"), [(2, (17, 23)), (3, (9, 14, 11))])
-def test_gradients_reach_every_parameter(dims, size, norm):
+def test_gradients_reach_every_parameter(dims, size, norm, stem):
     torch.manual_seed(0)  # of two inner channels of a gate, both can be dead by chance
-    net = UNet(in_channels=2, out_channels=3, dims=dims, width=8, depth=2, norm=norm, attention=True)
+    net = UNet(in_channels=2, out_channels=3, dims=dims, width=8, depth=2, norm=norm, attention=True, stem=stem)
     logits = net(torch.randn(2, 2, *size))
     assert logits.shape == (2, 3, *size)
     logits.square().mean().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("size", [(8, 12), (8, 12, 4)])
+def test_the_stem_turns_blocks_into_channels_and_back(size):
+    x = torch.randn(2, 3, *size)
+    blocks = space_to_depth(x, 2)
+    assert blocks.shape == (2, 3 * 2 ** len(size), *(n // 2 for n in size))
+    assert torch.equal(depth_to_space(blocks, 2), x)
+    if len(size) == 2:
+        assert torch.equal(blocks, torch.nn.functional.pixel_unshuffle(x, 2))
+
+
+def test_a_stem_answers_for_every_voxel_at_a_quarter_of_the_work():
+    """The classical network is the one with stem 1; with stem 2 two pixels of one block may still differ."""
+    torch.manual_seed(0)
+    assert {k: v.shape for k, v in UNet(width=4, stem=1).state_dict().items()} == {
+        k: v.shape for k, v in UNet(width=4).state_dict().items()}
+    logits = UNet(width=4, depth=2, stem=2)(torch.randn(1, 1, 16, 16))
+    assert not torch.allclose(logits[..., ::2, :], logits[..., 1::2, :])
 
 
 def test_padding_copies_the_border():
@@ -73,7 +93,8 @@ def test_predict_gives_probabilities_or_a_mask_and_keeps_the_mode():
     assert not probability.requires_grad
 
 
-@pytest.mark.parametrize("wrong", [{"dims": 4}, {"norm": "layer"}, {"width": 0}, {"depth": -1}, {"out_channels": 0}])
+@pytest.mark.parametrize("wrong", [{"dims": 4}, {"norm": "layer"}, {"width": 0}, {"depth": -1}, {"depth": 30},
+                                   {"out_channels": 0}, {"stem": 0}])
 def test_wrong_arguments_say_what_is_wrong(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         UNet(**wrong)
