@@ -1,0 +1,104 @@
+"""What the Markdown files say is true: their commands run, one after the other, as a newcomer types them.
+
+In short form, on small phantoms laid out like Task02_Heart: scans to predict in imagesTs, hidden `._*` files, and
+numbers that begin anywhere. Commands run in this process; those of torchrun are slow tests.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import phantom
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SHORT = {
+    "train": ["--limit-batches", "1", "--width", "4", "--depth", "2", "--epochs", "1", "--workers", "0"],
+    "phantom": ["--scans", "5", "--size", "0.5"],
+}
+
+
+def commands(text):
+    """The lines of the blocks of bash, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def heart(tmp_path_factory):
+    """Five phantoms in the layout of the real data set."""
+    root = phantom.write_dataset(tmp_path_factory.mktemp("heart") / "Task02_Heart", scans=5, test=1, size=0.5)
+    (root / "imagesTs" / "la_005.nii.gz").rename(root / "imagesTs" / "la_001.nii.gz")
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder / "la_001.nii.gz").rename(root / folder / "la_029.nii.gz")
+        (root / folder / "._la_003.nii.gz").write_bytes(b"Mac OS X")
+    return root
+
+
+def run(command, monkeypatch):
+    """One command of a Markdown file, shortened, in this process and this folder."""
+    python, script, *arguments = shlex.split(command)
+    assert python == "python" and (ROOT / script).is_file(), command
+    name = script.removesuffix(".py")
+    with monkeypatch.context() as patch:
+        patch.setattr("warnings.showwarning", None)  # main sets it
+        try:
+            code = importlib.import_module(name).main([*arguments, *SHORT.get(name, [])])
+        except SystemExit as stop:
+            code = stop.code
+    assert not code, command
+
+
+def test_commands_of_the_readme_run(heart, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(heart, "Task02_Heart")
+    found = commands(README)
+    assert len(found) >= 10
+    for command in found:
+        run(command, monkeypatch)
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err and told.out, command
+        if "--out" in command:
+            assert Path(shlex.split(command)[shlex.split(command).index("--out") + 1]).exists(), command
+    # The table of pictures, of the scan that was predicted, and the lines of Python.
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    paths = {"SCAN": "Task02_Heart/imagesTr/la_000.nii.gz", "MASK": "masks/scored/la_000.nii.gz",
+             "TRUTH": "Task02_Heart/labelsTr/la_000.nii.gz"}
+    pictures = re.findall(r"^\| `(python visualize.py [^`]*)`", README, re.M)
+    assert len(pictures) >= 5
+    for command in pictures:
+        run(re.sub("|".join(paths), lambda word: paths[word[0]], command), monkeypatch)
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
+
+
+@pytest.mark.slow
+def test_commands_for_clusters_run(heart, tmp_path):
+    for command in commands((ROOT / "docs" / "cluster.md").read_text()):
+        words = command.replace("train.py", str(ROOT / "train.py")).replace("DATA", str(heart)).split()
+        run = subprocess.run([str(Path(sys.executable).with_name(words[0])), *words[1:], *SHORT["train"]],
+                             cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, (command, run.stderr)
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/cluster.md", "benchmarks/README.md"])
+def test_every_flag_and_file_that_is_named_exists(path, capsys):
+    text = (ROOT / path).read_text()
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    known = capsys.readouterr().out
+    for words in re.findall(r"train\.py((?:[^\n`\\#]|\\\n)*)", text):
+        assert not [flag for flag in re.findall(r"--[\w-]+", words) if flag not in known], words
+    for link in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / path).parent.joinpath(link).exists(), link
+
+
+def test_the_front_page_is_short_and_names_every_file():
+    assert len(README.splitlines()) <= 160
+    assert set(re.findall(r"^\| \[`(\w+)\.py`\]", README, re.M)) == {path.stem for path in ROOT.glob("*.py")} - {"tour"}
