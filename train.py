@@ -422,9 +422,9 @@ def fit_loop(run: Run) -> None:
         run.loader.sampler.set_epoch(epoch)
         run.train_set.set_epoch(epoch)
         net.train()
-        losses, norms, started = [], [], time.perf_counter()
+        losses, norms, started, hidden = [], [], time.perf_counter(), run.rank > 0 or None
         batches = islice(run.loader, run.batches)                                       # limit_train_batches=
-        batches = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", run.batches, leave=False, disable=None)
+        batches = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", run.batches, leave=False, disable=hidden)
         for i, (image, mask) in enumerate(batches, start=1):                            # transfer_batch_to_device
             image = image.to(device, memory_format=net.memory_format, non_blocking=True)
             mask = mask.to(device, non_blocking=True)
@@ -448,7 +448,7 @@ def fit_loop(run: Run) -> None:
         trained = time.perf_counter()
 
         # -- evaluate ------------------------------------------------------------------- validation_step
-        scans = tqdm(run.val_scans, "validation", unit=" scans", leave=False, disable=None)
+        scans = tqdm(run.val_scans, "validation", unit=" scans", leave=False, disable=hidden)
         rows = gather_rows(evaluate(net, scans, run.recipe["preprocess"], run.precision, args.batch_size))
 
         # -- log ------------------------------------------------------------------------ on_train_epoch_end

@@ -120,7 +120,7 @@ def footer(width: int, count: int, caption: str, zoom: float) -> np.ndarray:
 def png(figure: Figure) -> bytes:
     """The figure as the content of a PNG file."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", pil_kwargs={"optimize": True})
+    figure.savefig(file, format="png")
     return file.getvalue()
 
 
@@ -343,9 +343,9 @@ def layers(net, image: np.ndarray) -> Figure:
 # ----------------------------------------------------------------------------------------------------- training curves
 
 CURVES = {  # title of a panel, and the columns of log.csv in it
-    "training loss": ["train_loss"], "Dice per scan": ["dice_mean", "dice_worst"],
-    "foreground share": ["foreground_truth", "foreground_prediction"], "learning rate": ["lr"],
-    "gradient norm": ["grad_norm"], "seconds per epoch": ["seconds"],
+    "training loss": ["train/loss"], "Dice per scan": ["val/dice", "val/dice_worst"],
+    "share of the voxels": ["val/foreground_truth", "val/foreground_prediction"], "learning rate": ["train/lr"],
+    "gradient norm": ["train/grad_norm"], "seconds per epoch": ["system/seconds"],
 }
 
 
@@ -365,8 +365,8 @@ def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figu
     for axes, (title, columns) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         # The first run is the widest line: it is seen where the others lie on it.
         for log, colour, width in zip(logs, cycle(RUNS), np.linspace(1.5, 4, len(logs))[::-1], strict=False):
-            epochs, mean, spread, *values = (np.array([row.get(name, np.nan) for row in log], float)
-                                             for name in ("epoch", "dice_mean", "dice_std", *columns))
+            epochs, names_here = range(1, len(log) + 1), ("val/dice", "val/dice_std", *columns)
+            mean, spread, *values = (np.array([row.get(n, np.nan) for row in log], float) for n in names_here)
             for value, style in zip(values, ("-", "--"), strict=False):
                 axes.plot(epochs, value, style, marker=".", color=colour, linewidth=width)
             if title == "Dice per scan":
