@@ -343,8 +343,8 @@ def prepare(args: argparse.Namespace) -> Run:
 
     train_scans, val_scans, split, how = load_data(args)                                # DataModule.setup
     val_scans, size = val_scans[: args.limit_batches], how["size"]
-    depths = [size[0] // (args.stem * 2**level) for level in range(args.depth + 1)]
-    if args.dims == 3 and device.type == "cpu" and 2 in depths:
+    lowest = math.ceil(size[0] / (args.stem * 2**args.depth))  # depth of the maps there, of a padded patch
+    if args.dims == 3 and device.type == "cpu" and (lowest == 2 or lowest == 1 and args.depth > 0):
         precision = torch.float32  # PyTorch's bfloat16 gradients are wrong at a depth of 2 there: see the README
     name = str(precision).removeprefix("torch.")
     print0(f"device     {device}, {name}, {world_size} process{'es' * (world_size > 1)}")
@@ -462,7 +462,7 @@ def fit_loop(run: Run) -> None:
                                 "scaler": scaler.state_dict(), "log": log,
                                 "scans": {row["name"]: row["dice"] for row in rows}}
         torch.save(content, buffer := io.BytesIO())
-        best = not rows or log[-1]["val/dice"] >= max(row["val/dice"] for row in log)
+        best = not rows or log[-1]["val/dice"] > max((row["val/dice"] for row in log[:-1]), default=-1)
         for name in ["best.pt"] * best + ["last.pt"]:  # --resume reads last.pt, so it comes last
             data.write_atomically(run.out / name, buffer.getbuffer())
 
@@ -484,6 +484,7 @@ def fit_lightning(run: Run) -> None:
         def __init__(self):
             super().__init__()
             self.net, self.compiled = net, torch.compile(net) if args.compile else net
+            self.allow_zero_length_dataloader_with_multiple_devices = True  # more processes than validation scans
 
         def configure_optimizers(self):
             factor = partial(lr_at, total=args.epochs * run.steps, schedule=args.schedule)
@@ -552,7 +553,7 @@ def train(args: argparse.Namespace) -> dict:
 
     Returns:
         The checkpoint last.pt (see `Run.recipe`; `log` has a row for each epoch, `scans` the Dice of each validation
-        scan after the last) and `out`, the run folder.
+        scan after the last) and `out`, the run folder. Of several processes, the first returns it, the others {}.
 
     Raises:
         DataError: input that cannot be trained on, in one line.
@@ -565,19 +566,22 @@ def train(args: argparse.Namespace) -> dict:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if run.rank > 0:
+        return {}
     last = run.out / "last.pt"
     result = predict.load_checkpoint(last) | {"out": str(run.out)}
-    if run.rank == 0:
-        visualize.save(visualize.curves(result["log"]), run.out / "curves.png")
-        if result["scans"]:
-            print(predict.summarise([{"name": name, "dice": value} for name, value in result["scans"].items()]))
-        print(f"{(time.perf_counter() - started) / 60:.1f} minutes; weights, log.csv and pictures in {run.out}\n"
-              f"next: python predict.py SCANS --checkpoint {last} --out masks")
+    visualize.save(visualize.curves(result["log"]), run.out / "curves.png")
+    if result["scans"]:
+        print(predict.summarise([{"name": name, "dice": value} for name, value in result["scans"].items()]))
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes; weights, log.csv and pictures in {run.out}\n"
+          f"next: python predict.py SCANS --checkpoint {last} --out masks")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot print
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         train(args)

@@ -1,82 +1,90 @@
-"""The ladder: from the recipe that this project started from to what it is now, one change a row, each row measured.
+"""The ladder: every recipe that was measured, one change a row, each row with several seeds.
 
-    python benchmarks/accuracy.py --data DIR --budget cpu                    # 2 cores: hours in the background
-    python benchmarks/accuracy.py --data DIR --budget gpu                    # one H200: 25 minutes, by estimate
-    python benchmarks/accuracy.py --data DIR --budget gpu --limit-batches 2  # two epochs of 2 batches, results in runs/
-    python benchmarks/accuracy.py --data DIR --budget cpu --only seed norm   # some rows
+    python benchmarks/accuracy.py --data DIR                            # all rows, seeds 0, 1, 2: days on two cores
+    python benchmarks/accuracy.py --data DIR --only short --seeds 0     # one run of one row
+    python benchmarks/accuracy.py --data DIR --only short --fold 1      # another part of the scans is scored
+    python benchmarks/accuracy.py --data DIR --limit-batches 2          # a dry run: 1 epoch of 2 batches, in runs/dry
+    python benchmarks/accuracy.py --data DIR --cache FOLDER --workers 0 # what it does not know goes to train.py
 
-Rows that have a JSON under benchmarks/results/ladder/ are done and are passed over; a row that was stopped goes on
-where it was. Every row trains on the same scans of fold 0 (`--fold` for another), and is scored from the masks on disk,
-after its last epoch. `python benchmarks/table.py --write` puts the rows into the README.
+A run is one JSON, benchmarks/results/ladder/ROW_seedN.json (of other folds ROW_foldK_seedN.json). Runs that have theirs
+are passed over, and one that was stopped goes on where it was. The scores are of the last epoch, from the masks on disk
+(see record.py). `python benchmarks/table.py --write` makes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import record
 
-SEED = {"depth": "3", "norm": "none", "loss": "dice", "lr": "1e-4", "schedule": "constant", "weight-decay": "0",
-        "clip": "0", "augment": "seed", "normalise": "minmax"}
-# Row: (the row that it changes, what it changes there, arguments of train.py, more arguments of predict.py).
+# Row: (the row that it changes, what it changes there, arguments of train.py, arguments of predict.py).
+# Where a change makes an epoch slower, the row has fewer epochs: rows are compared at about equal minutes.
 ROWS = {
-    "seed": (None, "the recipe at the start: no norm, Dice loss, Adam 1e-4", SEED, []),
-    "norm": ("seed", "batch norm", {"norm": "batch"}, []),
-    "optimiser": ("norm", "AdamW to 4e-3 in one cycle, clipped",
-                  {"lr": "4e-3", "schedule": "onecycle", "weight-decay": "1e-2", "clip": "1"}, []),
-    "loss": ("optimiser", "cross-entropy beside Dice", {"loss": "bce_dice"}, []),
-    "augment": ("loss", "intensities augmented, too", {"augment": "full"}, []),
-    "normalise": ("augment", "percentile instead of min-max", {"normalise": "percentile"}, []),
-    "default": ("normalise", "four poolings: the default", {"depth": "4"}, []),
-    "zscore": ("default", "z-score instead of percentile", {"normalise": "zscore"}, []),
-    "geometry": ("default", "only the geometry augmented", {"augment": "seed"}, []),
-    "batch": ("default", "8 slices a batch instead of 16: twice the steps", {"batch-size": "8"}, []),
-    "attention": ("default", "attention gates", {"attention": ""}, []),
-    "neighbours": ("default", "the slices above and below as channels (2.5D)", {"neighbours": "1"}, []),
-    "volume": ("default", "3D: patches instead of slices", {"dims": "3"}, []),
+    "short": (None, "the five-minute run", {"width": 16, "epochs": 6}, []),
+    "width32": ("short", "twice the width, half the epochs", {"width": 32, "epochs": 3}, []),
+    "depth4": ("short", "four poolings instead of three", {"depth": 4}, []),
+    "stem4": ("short", "blocks of 4 x 4 voxels instead of 2 x 2", {"stem": 4, "width": 32, "depth": 2}, []),
+    "classical": ("short", "the classical U-Net: no stem", {"stem": 1, "depth": 4, "width": 8, "epochs": 3}, []),
+    "batch8": ("short", "8 slices a batch instead of 16", {"batch_size": 8}, []),
+    "zscore": ("short", "z-score without clipping", {"normalise": "zscore"}, []),
+    "geometry": ("short", "only the geometry augmented", {"augment": "geometry"}, []),
+    "attention": ("short", "attention gates", {"attention": ""}, []),
+    "default": (None, "no flag", {}, []),
+    "width16": ("default", "half the width, twice the epochs", {"width": 16, "epochs": 24}, []),
     "component": ("default", "largest component only", {}, ["--largest-component"]),
-}
-BUDGETS = {  # for slices, and for patches, where an epoch is shorter
-    "cpu": ({"width": "8", "epochs": "3"}, {"width": "16", "epochs": "20", "spacing": "1.25"}),
-    # A GPU trains on more slices a second than train.py's few workers augment.
-    "gpu": ({"width": "32", "epochs": "16", "workers": "12"}, {"width": "32", "epochs": "50", "workers": "12"}),
+    "volume": (None, "3D at full resolution, with the stem", {"dims": 3}, []),
+    "volume_coarse": ("volume", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1}, []),
+    # The recipe that this project started from (see train.py), for about as long as the default takes.
+    "seed": (None, "the first recipe: no norm, Dice loss, Adam 1e-4", {
+        "width": 64, "depth": 3, "stem": 1, "norm": "none", "loss": "dice", "lr": 1e-4, "schedule": "constant",
+        "weight_decay": 0, "clip": 0, "augment": "geometry", "normalise": "minmax", "crop": 32, "epochs": 2}, []),
 }
 
 
-def arguments(name: str) -> dict[str, str]:
+def flags(arguments: dict) -> list[str]:
+    """Arguments of train.py as words of a command line; an empty value is a flag without one."""
+    words = []
+    for name, value in arguments.items():
+        words += [f"--{name.replace('_', '-')}", *([str(value)] if value != "" else [])]
+    return words
+
+
+def arguments(row: str) -> dict:
     """All arguments of train.py of a row: those of the row that it changes, and its own."""
-    base, _, change, _ = ROWS[name]
-    return (arguments(base) if base else {}) | change
+    base, _, own, _ = ROWS[row]
+    return (arguments(base) if base else {}) | own
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the rows of the ladder that have no result yet.")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure the runs of the ladder that have no result yet.",
+                                     epilog="Other arguments are handed on to train.py: --cache, --workers, --device.")
     parser.add_argument("--data", required=True, metavar="DIR", help="as in train.py")
-    parser.add_argument("--budget", required=True, choices=tuple(BUDGETS), help="how wide and how long")
-    parser.add_argument("--only", nargs="+", metavar="ROW", choices=tuple(ROWS), help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--fold", default="0", metavar="K", help="the part that is scored, 0 to 4")
-    parser.add_argument("--limit-batches", metavar="N", help="a dry run: 2 epochs of N batches, results in runs/dry")
-    args = parser.parse_args()
-    results, runs = record.RESULTS / "ladder", "runs/ladder"
+    parser.add_argument("--only", nargs="+", metavar="ROW", choices=ROWS, default=list(ROWS), help=", ".join(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default 0 1 2")
+    parser.add_argument("--fold", type=int, default=0, metavar="K", help="the part that is scored, 0 to 4")
+    parser.add_argument("--limit-batches", type=int, metavar="N", help="a dry run: 1 epoch of N batches, in runs/dry")
+    args, others = parser.parse_known_args(argv)
+    results, runs = record.RESULTS / "ladder", Path("runs/ladder")
     if args.limit_batches:
-        results, runs = Path("runs/dry/results"), "runs/dry"
-    for name in args.only or ROWS:
-        _, change, own, prediction = ROWS[name]
-        row = f"{args.budget}_{name}" + (f"_fold{args.fold}" if args.fold != "0" else "")
-        if (results / f"{row}.json").exists():
-            print(f"{row}: done")
-            continue
-        # A row that only predicts otherwise takes the run of the row that it changes.
-        run = row if own else row.replace(name, ROWS[name][0])
-        flags = arguments(name) | ({"fold": args.fold} if args.fold != "0" else {})
-        flags |= BUDGETS[args.budget]["dims" in flags] | ({"epochs": "2"} if args.limit_batches else {})
-        command = ["--data", args.data, *shlex.split(" ".join(f"--{flag} {value}" for flag, value in flags.items()))]
-        command += ["--limit-batches", args.limit_batches] if args.limit_batches else []
-        print(f"\n{row}: {change}", flush=True)
-        record.record(row, [*command, "--out", f"{runs}/{run}"], prediction, results, change)
+        results, runs = Path("runs/dry/results"), Path("runs/dry")
+        others += ["--epochs", "1", "--limit-batches", str(args.limit_batches)]
+    for seed in args.seeds:  # outside: after a third of the time every row has its first result
+        for row in args.only:
+            base, change, own, prediction = ROWS[row]
+            tail = (f"_fold{args.fold}" if args.fold else "") + f"_seed{seed}"
+            if (results / f"{row}{tail}.json").exists():
+                print(f"{row}{tail}: done")
+                continue
+            print(f"\n{row}{tail}: {change}", flush=True)
+            told = arguments(row) | ({"fold": args.fold} if args.fold else {}) | {"seed": seed}
+            # A row that only predicts otherwise takes the run of the row that it changes.
+            out = runs / f"{row if own or not base else base}{tail}"
+            words = ["--data", args.data, *flags(told), *others, "--out", str(out)]
+            record.record(f"{row}{tail}", words, prediction, results, change)
+    return 0
 
 
 if __name__ == "__main__":

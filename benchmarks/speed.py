@@ -1,12 +1,13 @@
-"""Time of each stage against what a user would pick instead: MONAI, and the plain form that this project began as.
+"""Time and memory of each stage against what a user would pick instead: MONAI, and the plain form (minutes.py).
 
-    python benchmarks/speed.py [--rows 1 2 5] [--device cuda]     # benchmarks/results/speed/speed_cpu.json
-    python benchmarks/speed.py --help                             # a line for each row
-    python benchmarks/table.py --write                            # the table in the README
+    python benchmarks/speed.py [--rows step data] [--device cuda]     # benchmarks/results/speed/speed_cpu.json
+    python benchmarks/speed.py --rows minutes --data DIR              # hours: trains on real scans
+    python benchmarks/speed.py --help                                 # a line for each row
 
 The sides of a comparison take turns, A B, B A, ..., after a warm-up of each; a ratio is of neighbours in time, so that
-a machine that is shared slows both, and the median of the ratios is held against the goal. The JSON is written after
-each row: without --rows, a run that was stopped goes on with the rows that are not in it. All scans are synthetic.
+a machine that is shared slows both, and the median of the ratios is held against the goal. All sides run with the
+allocator settings of this project, which make the others faster, too. The JSON is written after each row: without
+--rows, a run that was stopped goes on with the rows that are not in it.
 """
 
 from __future__ import annotations
@@ -16,81 +17,63 @@ import contextlib
 import datetime
 import io
 import json
-import math
-import os
+import multiprocessing
 import platform
+import re
 import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 
-from record import ROOT, commit, hardware
+import nibabel as nib
+import numpy as np
+import torch
+from minutes import GOAL, SCRATCH, PlainSlices, plain_step, race
+from record import RESULTS, commit, hardware
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(ROOT))
+import data
+import metrics
+import predict
+import train
+from losses import DiceLoss
+from unet import UNet
 
-import nibabel as nib  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import data  # noqa: E402
-import phantom  # noqa: E402
-import train  # noqa: E402
-import visualize  # noqa: E402
-from losses import BCEDiceLoss, DiceLoss  # noqa: E402
-from predict import (  # noqa: E402
-    keep_freed_memory,
-    load_checkpoint,
-    pick_device,
-    pick_precision,
-    predict_volume,
-    write_like,
-)
-from unet import UNet  # noqa: E402
-
-SCRATCH = ROOT / "cache" / "speed"  # phantom scans and their cache, kept from call to call
-SEED_NETWORK = {"width": 64, "depth": 3, "norm": "none"}
-
-# What --quick shrinks, so that a test can run every row in seconds.
-FULL = {"repeats": 5, "short_repeats": 15, "width": 64, "size": (192, 160), "batch": 8, "load_slices": 160, "scans": 80,
-        "memory_scans": 100, "steps": 8, "volume": (110, 320, 320), "predicted": 8, "growth_scans": (4, 16, 64),
-        "growth_widths": (4, 8, 16, 32, 64), "growth_sizes": (64, 128, 256)}
-QUICK = {"repeats": 1, "short_repeats": 1, "width": 4, "size": (32, 32), "batch": 2, "load_slices": 8, "scans": 3,
-         "memory_scans": 3, "steps": 2, "volume": (4, 32, 32), "predicted": 2, "growth_scans": (1, 2),
-         "growth_widths": (2, 4), "growth_sizes": (16, 32)}
-
+HOW = {"axis": 2, "label": None, "spacing": [None] * 3, "crop": 0, "normalise": "percentile", "size": (1, 1)}
+# `networks`: the first recipe's, the default, the classical one. --quick shrinks all, for a test to run every row.
+FULL = {"repeats": 5, "size": (192, 160), "batch": 8, "slices": 160, "volume": (110, 320, 320), "scans": (10, 100),
+        "shape": (64, 128, 128), "large": (200, 512, 512), "crop": (96, 96), "every": 1408, "ours": [], "plain": [],
+        "networks": ({"width": 64, "norm": "none"}, {"width": 32, "stem": 2}, {"width": 16, "depth": 4})}
+QUICK = {"repeats": 1, "size": (32, 32), "batch": 2, "slices": 8, "volume": (4, 32, 32), "scans": (1, 2),
+         "shape": (8, 32, 32), "large": (8, 32, 32), "crop": (32, 32), "every": 8,
+         "ours": ["--epochs", "1", "--limit-batches", "2", "--width", "4"], "plain": ["--crop", "0"],
+         "networks": ({"width": 4, "depth": 1}, {"width": 4, "depth": 1, "stem": 2}, {"width": 2, "depth": 2})}
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def take_turns(sides: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side, A B, B A, ..., after a warm-up (not for one repetition, which is no measurement anyway).
-
-    A side that returns a float has timed itself.
-    """
+    """Seconds of each side, A B, B A, ..., after a warm-up (not for one repetition, which is no measurement anyway)."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for n in range(-1 if repeats > 1 else 0, repeats):
         for name in list(sides)[:: -1 if n % 2 else 1]:
             begun = time.perf_counter()
-            own = sides[name]()
+            sides[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if n >= 0:
-                seconds[name].append(own if isinstance(own, float) else time.perf_counter() - begun)
+                seconds[name].append(time.perf_counter() - begun)
     return seconds
 
 
-def over(a: list[float], b: list[float]) -> list[float]:
+def over(a: Sequence[float], b: Sequence[float]) -> list[float]:
     """The ratio of each pair of neighbours."""
     return [x / y for x, y in zip(a, b, strict=True)]
 
@@ -105,522 +88,294 @@ def check(what: str, values: list[float], goal: str = "", unit: str = "") -> dic
     return line
 
 
-def steps_per_call(step: Callable, count: int) -> None:
-    for _ in range(count):
-        step()
+def begin(method: str, function: Callable, *arguments) -> None:
+    warnings.simplefilter("ignore")
+    multiprocessing.set_start_method(method, force=True)  # of the workers that the function starts
+    with contextlib.redirect_stdout(io.StringIO()):
+        function(*arguments)
 
 
-def our_step(net: nn.Module, image: Tensor, mask: Tensor, loss_function: nn.Module) -> Callable:
+def peak_memory(function: Callable, *arguments, method: str = "fork") -> float:
+    """MB that a process of its own which calls `function`, and its workers, hold at most, in memory that belongs to no
+    file: pages of mapped files, which the system takes back when it needs them, are not counted."""
+    child = multiprocessing.get_context("spawn").Process(target=begin, args=(method, function, *arguments))
+    child.start()
+    peak, family = 0, re.compile(rf"^P?Pid:\s*{child.pid}$", re.M)
+    while child.is_alive():
+        held = 0
+        for path in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):  # it has ended
+                text = path.read_text()
+                found = family.search(text) and re.search(r"RssAnon:\s*(\d+)", text)
+                held += int(found[1]) if found else 0
+        peak = max(peak, held)
+        time.sleep(0.02)
+    if child.exitcode:
+        raise RuntimeError(f"{function.__name__}: ended with {child.exitcode}; its traceback is above")
+    return peak / 1e3
+
+
+def scans(count: int, shape: Sequence[int]) -> Path:
+    """A data set of noise (D, H, W) with a bright block as its organ, made once."""
+    root = SCRATCH / f"{count}-scans-{'x'.join(map(str, shape))}"
+    rng, block = np.random.default_rng(0), tuple(slice(n // 4, n // 2) for n in reversed(shape))
+    for path in [root / "images" / f"{n:03}.nii.gz" for n in range(count)]:
+        label = root / "labels" / path.name
+        if not label.exists():
+            for folder in (path.parent, label.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            image, mask = rng.normal(300, 60, shape[::-1]).astype(np.int16), np.zeros(shape[::-1], np.uint8)
+            mask[block], image[block] = 1, image[block] + 200
+            for array, file in ((image, path), (mask, label)):
+                nib.save(nib.Nifti1Image(array, np.diag([0.625, 0.625, 1.25, 1])), file)
+    return root
+
+
+def our_step(image: Tensor, mask: Tensor, **network) -> Callable:
     """A training step as in train.py: its precision, memory format and fused optimiser; no wait for the loss."""
-    device = image.device
-    precision = pick_precision("auto", device)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, weight_decay=0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    image = image.to(memory_format=torch.channels_last)
+    net, device = UNet(**network), image.device
+    net = net.to(device, memory_format=net.memory_format)
+    precision, loss_function = predict.pick_precision("auto", device), DiceLoss()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, weight_decay=0, fused=train.has_fused(device))
+    scaler = torch.amp.GradScaler(device.type, 2.0**16 if precision == torch.float16 else 1.0)
+    image = image.to(memory_format=net.memory_format)
 
-    def step() -> Tensor:
-        before = train.statistics(net)
+    def step() -> None:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = net(image)
-        loss = loss_function(logits.float(), mask)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(loss_function(logits.float(), mask)).backward()
         scaler.unscale_(optimizer)
-        norm = train.clip_gradient(net, optimizer, 1.0)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        train.keep_statistics(net, before, norm)
-        return loss.detach()
+        optimizer.zero_grad()
 
     return step
 
 
-def plain_step(net: nn.Module, image: Tensor, mask: Tensor, loss_function: nn.Module) -> Callable:
-    """A training step as tutorials write it: float32, NCHW, Adam, the loss read in every step."""
-    optimizer = torch.optim.Adam(net.parameters(), 1e-4)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        loss = loss_function(net(image), mask)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return lambda: step() and None  # take_turns must not take the loss for seconds
-
-
-def our_network(device: torch.device, **arguments) -> UNet:
-    return UNet(**arguments).to(device, memory_format=torch.channels_last)
-
-
 def samples(s: dict, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch of noise and blobs: the time of a step does not depend on what is in it."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(s["batch"], 1, *s["size"], generator=generator)
+    image = torch.randn(s["batch"], 1, *s["size"], generator=torch.Generator().manual_seed(0))
     return image.to(device), (nn.functional.avg_pool2d(image, 9, 1, 4) > 0.1).float().to(device)
-
-
-def operations(step: Callable) -> int:
-    """Floating-point operations of a step, 2 for each multiply-add of its convolutions, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def peak_flops(s: dict, device: torch.device) -> Callable[[], float]:
-    """The most operations per second that this machine does in bfloat16: the best of the network's own convolutions
-    alone on a CPU, a large product of matrices on a GPU. Returns seconds for 10^12 of them."""
-    jobs = []
-    with torch.no_grad():
-        if device.type == "cuda":
-            a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-            jobs.append((2 * 8192**3, lambda: a @ a))
-        for level in range(4) if device.type == "cpu" else ():
-            channels, size = s["width"] * 2**level, [max(n // 2**level, 1) for n in s["size"]]
-            x = torch.randn(s["batch"], channels, *size).bfloat16().to(memory_format=torch.channels_last)
-            conv = nn.Conv2d(channels, channels, 3, padding=1).bfloat16().to(memory_format=torch.channels_last)
-            jobs.append((2 * 9 * channels**2 * x[:, 0].numel(), partial(torch.no_grad()(conv), x)))
-
-    def best() -> float:
-        seconds = []
-        for count, job in jobs:
-            for _ in range(3):
-                begun = time.perf_counter()
-                job()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append((time.perf_counter() - begun) / count * 1e12)
-        return min(seconds)
-
-    return best
-
-
-def scans(count: int) -> Path:
-    """A folder of small synthetic scans, made once."""
-    return phantom.write_dataset(SCRATCH / f"phantom-{count}", scans=count, seed=0, size=0.5)
-
-
-def train_args(source: Path, folder: str | Path, **flags) -> argparse.Namespace:
-    """Arguments of a run in `folder`, on every scan, without validation; flags as in train.py."""
-    flags = {"data": source, "cache": SCRATCH / "arrays", "out": Path(folder, "run"), "logs": Path(folder, "logs"),
-             "fold": "all", **flags}
-    argv = []
-    for name, value in flags.items():
-        argv += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    return train.parse_args(argv)
-
-
-def quietly(function: Callable, *arguments):
-    with contextlib.redirect_stdout(io.StringIO()):
-        return function(*arguments)
-
-
-def in_new_process(code: str, *arguments) -> dict:
-    """The JSON in the last line that `code` prints in a Python of its own. Arguments are its sys.argv[1:]."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
 # The first line of each docstring is the row's line of --help.
 
 
-def training_step(s: dict, device: torch.device) -> dict:
-    """Training step of the seed network (width 64, 8 slices of 192 x 160) over the plain form's; share of the machine.
-
-    The plain form runs with the allocator's settings of this project, which only makes it faster.
-    """
+def step(s: dict, device: torch.device) -> dict:
+    """Training step of the first recipe's network (width 64, 8 slices of 192 x 160), and the default's, over plain."""
     image, mask = samples(s, device)
-    network = SEED_NETWORK | {"width": s["width"]}
-    net = our_network(device, **network)
-    ours = our_step(net, image, mask, DiceLoss())
-    sides = {"plain": plain_step(UNet(**network).to(device), image, mask, DiceLoss()), "ours": ours,
-             "10^12 operations": peak_flops(s, device)}
-    if device.type == "cuda":
-        sides["compiled"] = our_step(torch.compile(our_network(device, **network)), image, mask, DiceLoss())
-    count = operations(ours)
-    seconds = take_turns(sides, s["repeats"])
-    floor = [count / 1e12 * ratio for ratio in over(seconds["10^12 operations"], seconds["plain"])]
-    checks = [check("time / plain form", over(seconds["ours"], seconds["plain"]), "at most 0.30"),
-              check("the same at the machine's full bf16 rate", floor)]
-    for name in ("ours", "compiled") if device.type == "cuda" else ("ours",):
-        share = [count / 1e12 * ratio for ratio in over(seconds["10^12 operations"], seconds[name])]
-        checks += [check(f"share of the machine's bf16 rate, {name}", share, "at least 0.70"),
-                   check(f"slices/s, {name}", [s["batch"] / own for own in seconds[name]])]
-    return {"checks": checks, "seconds": seconds, "operations": count}
+    first, default, _ = s["networks"]
+    plain = plain_step(UNet(**first).to(device), DiceLoss())
+    seconds = take_turns({"plain": partial(plain, image, mask), "ours": our_step(image, mask, **first),
+                          "default": our_step(image, mask, **default)}, s["repeats"])
+    checks = [check("time / plain form, same network", over(seconds["ours"], seconds["plain"]), "at most 0.30"),
+              check("time of the default network / plain form", over(seconds["default"], seconds["plain"]))]
+    checks += [check(f"{name}, slices/s", [s["batch"] / t for t in values]) for name, values in seconds.items()]
+    return {"checks": checks, "raw": seconds}
 
 
-def monai_networks() -> dict[str, nn.Module]:
-    """MONAI's U-Nets with the channels of its 2D tutorials."""
-    from monai.networks.nets import AttentionUnet, BasicUNet
-    from monai.networks.nets import UNet as MonaiUNet
+def monai(s: dict, device: torch.device) -> dict:
+    """Training step over MONAI's BasicUNet, UNet, AttentionUnet: time per multiply-add, and slices per second.
 
-    levels = {"spatial_dims": 2, "in_channels": 1, "out_channels": 1}
-    wide = {"channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2)}
-    return {"BasicUNet": BasicUNet(**levels), "UNet": MonaiUNet(**levels, **wide, num_res_units=2),
-            "AttentionUnet": AttentionUnet(**levels, **wide)}
-
-
-def multiply_adds(s: dict, device: torch.device) -> dict:
-    """Training step over MONAI's BasicUNet, UNet, AttentionUnet of their tutorials, per multiply-add, at equal count.
-
-    Ours is the default network (batch norm; gates against AttentionUnet) with the width, of 8, 16, 24 and 32, that
-    comes closest in multiply-adds, and with width 32, where it has more of them; depth 4 as theirs. Theirs: float32,
-    NCHW, Adam, DiceLoss(sigmoid=True), loss.item().
+    Theirs as its 2D tutorials have them: float32, NCHW, Adam, DiceLoss(sigmoid=True), the loss read in every step.
+    Ours: the default network, and the classical one, of as many levels as theirs; with gates against AttentionUnet.
     """
     from monai.losses import DiceLoss as MonaiDice
+    from monai.networks import nets
 
-    image, mask = samples(s, device)
-    checks, every = [], {}
-    for name, theirs in monai_networks().items():
-        their_step = plain_step(theirs.to(device), image, mask, MonaiDice(sigmoid=True))
-        their_count = operations(their_step)
-        make = partial(our_network, device, depth=4, norm="batch", attention=name == "AttentionUnet")
-        steps = {width: our_step(make(width=width), image, mask, DiceLoss()) for width in (8, 16, 24, 32)}
-        counts = {width: operations(step) for width, step in steps.items()}
-        width = min(counts, key=lambda w, counts=counts, theirs=their_count: abs(counts[w] / theirs - 1))
-        sides = {width: "at most 0.50"} | ({} if width == 32 else {32: ""})  # 32: how much of it is the narrowness
-        seconds = take_turns({"theirs": their_step} | {f"ours, {w}": steps[w] for w in sides}, s["short_repeats"])
-        for w, goal in sides.items():
-            ratios = [ratio * their_count / counts[w] for ratio in over(seconds[f"ours, {w}"], seconds["theirs"])]
-            checks.append(check(f"time per multiply-add / MONAI {name} (ours: width {w})", ratios, goal))
-        every |= {f"{name}, {side}": values for side, values in seconds.items()}
-        every |= {f"{name}, operations": [their_count, *(counts[w] for w in sides)]}
-    return {"checks": checks, "seconds": every}
-
-
-class PlainSlices(Dataset):
-    """The data set of the plain form: one .npy of float64 per slice; imgaug seeded and fed by its own wrapper."""
-
-    def __init__(self, folder: Path, volumes: list[tuple[np.ndarray, np.ndarray]]):
-        from imgaug import augmenters as iaa
-
-        self.files = []
-        for i, (image, mask) in enumerate(volumes):
-            for d in range(len(image)):
-                path = folder / f"{i}-{d}.npy"
-                np.save(path, image[d].astype(np.float64))
-                np.save(folder / f"{i}-{d}-mask.npy", mask[d])
-                self.files.append(path)
-        self.augment = iaa.Sequential([iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45)), iaa.ElasticTransformation()])
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        import imgaug
-        from imgaug.augmentables.segmaps import SegmentationMapsOnImage
-
-        path = self.files[index]
-        image, mask = np.load(path).astype(np.float32), np.load(path.with_name(f"{path.stem}-mask.npy"))
-        imgaug.seed(torch.randint(0, 1_000_000, (1,)).item())
-        image, mask = self.augment(image=image, segmentation_maps=SegmentationMapsOnImage(mask, mask.shape))
-        return image[None], mask.get_arr()[None]
+    (image, mask), (_, *networks) = samples(s, device), s["networks"]
+    levels = {"spatial_dims": 2, "in_channels": 1, "out_channels": 1}
+    wide = {**levels, "channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2)}
+    checks, raw = [], {}
+    for theirs in (nets.BasicUNet(**levels), nets.UNet(**wide, num_res_units=2), nets.AttentionUnet(**wide)):
+        name = type(theirs).__name__
+        sides = {"theirs": partial(plain_step(theirs.to(device), MonaiDice(sigmoid=True)), image, mask)}
+        for ours, network in zip(("default", "classical"), networks, strict=True):
+            sides[ours] = our_step(image, mask, **network, attention=name == "AttentionUnet")
+        count = {}
+        for side, one_step in sides.items():
+            with FlopCounterMode(display=False) as counter:
+                one_step()
+            count[side] = counter.get_total_flops()  # 2 for each multiply-add, forward and backward
+        seconds = take_turns(sides, s["repeats"])
+        for ours in ("default", "classical"):
+            ratios, share = over(seconds[ours], seconds["theirs"]), count["theirs"] / count[ours]
+            checks += [check(f"{ours}: time per multiply-add / {name}", [r * share for r in ratios], "at most 0.50"),
+                       check(f"{ours}: slices/s / {name}", [1 / r for r in ratios])]
+        raw |= {f"{name}, {side}": values for side, values in seconds.items()} | {f"{name}, operations": count}
+    return {"checks": checks, "raw": raw}
 
 
 def data_path(s: dict, device: torch.device) -> dict:
-    """Slices per second of one worker with the seed's augmentation over the plain form's; imgaug's share; workers."""
+    """Slices per second of one worker: with the first augmentation over the plain form's, and with the default's."""
+    cached = data.cache_scans(data.find_pairs(scans(1, (s["slices"], *s["size"]))), HOW, SCRATCH / "arrays")
     with tempfile.TemporaryDirectory() as folder:
-        # Slices of the training size in the cache, the same for both.
-        rng, depth = np.random.default_rng(0), 16
-        volumes, cached = [], []
-        for i in range(-(-s["load_slices"] // depth)):
-            image = rng.normal(size=(depth, *s["size"])).astype(np.float16)
-            mask = np.zeros(image.shape, np.uint8)
-            mask[:, s["size"][0] // 4 : s["size"][0] // 2, s["size"][1] // 4 : s["size"][1] // 2] = 1
-            paths = [Path(folder, f"scan-{i}.{kind}.npy") for kind in ("image", "mask")]
-            np.save(paths[0], image)
-            np.save(paths[1], mask)
-            volumes.append((image, mask))
-            cached.append(data.CachedScan(str(i), *paths, paths[1], (1, 1, 1), tuple(range(depth)), (1,) * depth))
-        ours = data.SliceDataset(cached, s["size"], augment="seed")  # first: it makes imgaug import on NumPy 2
+        sets = {"plain": PlainSlices(Path(folder), cached, s["size"])}
+        sets |= {kind: data.SliceDataset(cached, s["size"], augment=kind) for kind in ("geometry", "full")}
         loaders = {name: DataLoader(dataset, s["batch"], shuffle=True, num_workers=1, persistent_workers=True)
-                   for name, dataset in (("plain", PlainSlices(Path(folder), volumes)), ("ours", ours))}
-        batches = s["load_slices"] // s["batch"]
-        sides = {name: partial(lambda loader: sum(1 for _ in islice(loader, batches)) and None, loader)
-                 for name, loader in loaders.items()}
-        image, mask = volumes[0][0][0].astype(np.float32), volumes[0][1][0]
-
-        def imgaug_alone() -> None:  # in this process, on one slice: the augmenters and their seeding
-            for k in range(s["load_slices"]):
-                data.augment("seed", image, mask, k)
-
-        seconds = take_turns(sides | {"imgaug alone": imgaug_alone}, s["short_repeats"])
-    count = batches * s["batch"]
-    rate = [count / t for t in seconds["ours"]]
-    per_slice = [1000 * t / s["load_slices"] for t in seconds["imgaug alone"]]
-    checks = [
-        check("slices/s / plain form's", over(seconds["plain"], seconds["ours"]), "at least 1.1"),
-        check("slices/s of a worker", rate),
-        check("imgaug's own augmenters", per_slice, unit="ms a slice"),
-        check("the whole path", [1000 / r for r in rate], unit="ms a slice"),
-        check("workers for a GPU that trains on 1000 slices/s", [math.ceil(1000 / r) for r in rate]),
-    ]
-    return {"checks": checks, "seconds": seconds}
-
-
-FIRST_BATCH = """
-import json, os, sys, time
-import data, nibabel, train
-read, opened = nibabel.load, []
-nibabel.load = lambda *a, **k: (opened.append(a), read(*a, **k))[1]
-args = train.parse_args(sys.argv[1:])
-begun, cpu = time.perf_counter(), os.times()
-run = train.prepare(args)
-prepared, used = time.perf_counter(), os.times()
-next(iter(run.loader))
-print(json.dumps({"seconds": time.perf_counter() - begun, "files": len(opened),
-                  "cores": (used.user + used.system - cpu.user - cpu.system) / (prepared - begun)}))
-os._exit(0)  # the workers need not be asked
-"""
-
-
-def second_start(s: dict, device: torch.device) -> dict:
-    """Second start of training on 80 scans: seconds from the imports to the first batch, no NIfTI read; the first."""
-    source, seconds = scans(s["scans"]), {"first": [], "second": []}
-    for _ in range(s["repeats"]):
-        with tempfile.TemporaryDirectory() as folder:
-            argv = ["--data", source, "--cache", f"{folder}/arrays", "--logs", f"{folder}/logs", "--fold", "all",
-                    "--device", device.type]
-            first = in_new_process(FIRST_BATCH, *argv, "--out", f"{folder}/a")
-            second = in_new_process(FIRST_BATCH, *argv, "--out", f"{folder}/b")
-        for name, start in (("first", first), ("second", second)):
-            seconds[name].append(start["seconds"])
-    cores = os.cpu_count() or 1
-    checks = [
-        check(f"second start on {s['scans']} scans", seconds["second"], "at most 2", "s"),
-        check("NIfTI files read at the second start", [second["files"]], "at most 0"),
-        check("first start", seconds["first"], unit="s"),
-        check(f"cores of {cores} at work in the first start", [first["cores"]]),
-    ]
-    return {"checks": checks, "seconds": seconds}
-
-
-def epoch_overhead(s: dict, device: torch.device) -> dict:
-    """Training time of an epoch over (steps x a bare step on ready tensors), workers on; share of it spent waiting."""
-    width, goal = (64, "at most 1.05") if device.type == "cuda" else (32, "at most 1.10")
-    with tempfile.TemporaryDirectory() as folder:
-        args = train_args(scans(s["scans"]), folder, epochs=1, width=min(width, s["width"]), device=device.type,
-                          size=s["size"], batch_size=s["batch"], limit_batches=s["steps"], workers=1)
-        run = quietly(train.prepare, args)
-        bare = our_step(run.net, *samples(s, device), BCEDiceLoss())
-        waiting = []
-
-        def epoch() -> float:
-            quietly(train.fit_loop, args, run)
-            row = load_checkpoint(run.out / "last.pt")["log"][-1]
-            waiting.append(row["waiting"])
-            return row["seconds"]
-
-        def bare_steps() -> None:
-            run.net.train()
-            steps_per_call(bare, run.batches)
-
-        seconds = take_turns({"bare": bare_steps, "epoch": epoch}, s["repeats"])
-    checks = [check(f"epoch / bare steps, width {args.width}, 1 worker", over(seconds["epoch"], seconds["bare"]), goal),
-              check("share of the epoch spent waiting for data", waiting[-s["repeats"] :])]
-    return {"checks": checks, "seconds": seconds, "steps": s["steps"]}
+                   for name, dataset in sets.items()}
+        seconds = take_turns({name: partial(list, loader) for name, loader in loaders.items()}, s["repeats"])
+    checks = [check("slices/s / plain form's", over(seconds["plain"], seconds["geometry"]), "at least 1.1")]
+    checks += [check(f"slices/s of a worker, {kind}", [s["slices"] / t for t in seconds[kind]])
+               for kind in ("geometry", "full")]
+    return {"checks": checks, "raw": seconds}
 
 
 def prediction(s: dict, device: torch.device) -> dict:
-    """Prediction of a scan of 320 x 320 x 110, width 64: over the slice loop, over MONAI's sliding window; files apart.
+    """Prediction of a scan of 320 x 320 x 110 with the default network: over a slice loop, over MONAI's window.
 
-    On a CPU only some of the slices are predicted, since each takes the same time. MONAI's window runs the same network
-    in the same precision and memory format, with windows of 192 x 160 and its default overlap.
+    The slice loop is the plain form's. MONAI's sliding window runs the network in the same precision and memory format
+    as ours, in windows of 192 x 160 with its default overlap.
     """
     from monai.inferers import sliding_window_inference
 
-    depth = s["volume"][0] if device.type == "cuda" else s["predicted"]
-    volume = np.random.default_rng(0).normal(size=(depth, *s["volume"][1:])).astype(np.float16)
-    network = SEED_NETWORK | {"width": s["width"]}
-    plain, net = UNet(**network).to(device).eval(), our_network(device, **network).eval()
-    precision = pick_precision("auto", device)
+    volume = np.random.default_rng(0).normal(size=s["volume"]).astype(np.float16)
+    precision = predict.pick_precision("auto", device)
+    plain, net = (UNet(**s["networks"][1]).to(device).eval() for _ in range(2))
+    net = net.to(memory_format=net.memory_format)
 
     @torch.no_grad()
     def slice_loop() -> None:
-        masks = []
         for image in volume.astype(np.float32):
-            logits = plain(torch.from_numpy(image)[None, None].to(device))
-            masks.append((torch.sigmoid(logits)[0, 0] > 0.5).cpu().numpy())
-        np.stack(masks)
+            (torch.sigmoid(plain(torch.from_numpy(image)[None, None].to(device)))[0, 0] > 0.5).cpu().numpy()
 
     @torch.inference_mode()
     def windows() -> None:
-        image = torch.from_numpy(volume.astype(np.float32))[:, None].to(device, memory_format=torch.channels_last)
+        image = torch.from_numpy(volume.astype(np.float32))[:, None].to(device, memory_format=net.memory_format)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             torch.sigmoid(sliding_window_inference(image, s["size"], 16, net).float()).cpu().numpy()
 
     seconds = take_turns({"slice loop": slice_loop, "MONAI": windows,
-                          "ours": lambda: predict_volume(net, volume, precision=precision) is None or None},
-                         s["repeats"])
+                          "ours": partial(predict.predict_volume, net, volume, precision=precision)}, s["repeats"])
+    checks = [check("slice loop / ours", over(seconds["slice loop"], seconds["ours"]), "at least 3"),
+              check("MONAI sliding window / ours", over(seconds["MONAI"], seconds["ours"]), "at least 1"),
+              check("ours", seconds["ours"], unit="s")]
+    return {"checks": checks, "raw": seconds}
+
+
+def brief(source: Path, folder: str, epochs: int = 1, device: str = "cpu") -> argparse.Namespace:
+    """Arguments of a small training on every scan."""
+    words = f"--fold all --width 4 --depth 2 --size 64 64 --augment none --workers 2 --epochs {epochs}".split()
+    return train.parse_args([*words, "--data", str(source), "--cache", str(SCRATCH / "arrays"), "--out", folder,
+                             "--tensorboard", folder, "--device", device])
+
+
+def train_briefly(source: Path, epochs: int, device: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        # Rounded noise: gzip finds as little in it as in a scan.
-        voxels = np.random.default_rng(0).normal(300, 60, s["volume"][::-1]).astype(np.int16)
-        nib.save(nib.Nifti1Image(voxels, np.diag([0.625, 0.625, 1.25, 1])), Path(folder, "scan.nii.gz"))
-        scan = data.read_scan(Path(folder, "scan.nii.gz"))
-        recipe = {"spacing": [None] * 3, "crop": 0, "normalise": "percentile"}
-        mask = np.zeros(scan.array.shape, np.uint8)
-        mask[:, : s["volume"][1] // 4, : s["volume"][2] // 4] = 1
-        files = take_turns({
-            "read": lambda: data.read_scan(Path(folder, "scan.nii.gz")) is None or None,
-            "preprocess": lambda: data.preprocess(scan.array, scan.spacing, recipe) is None or None,
-            "write": partial(write_like, Path(folder, "mask.nii.gz"), mask, scan),
-        }, s["repeats"])
-    whole = [t * s["volume"][0] / depth for t in seconds["ours"]]
-    checks = [
-        check("slice loop / ours", over(seconds["slice loop"], seconds["ours"]), "at least 3"),
-        check("MONAI sliding window / ours", over(seconds["MONAI"], seconds["ours"]), "at least 1"),
-        check(f"{s['volume'][0]} slices, from the {depth} timed", whole, unit="s"),
-        *(check(f"{name}, whole scan", values, unit="s") for name, values in files.items()),
-    ]
-    return {"checks": checks, "seconds": seconds | files}
-
-
-RESIDENT = """
-import json, multiprocessing, re, sys
-from pathlib import Path
-import train
-multiprocessing.set_start_method(sys.argv[1])
-if __name__ == "__main__":
-    args = train.parse_args(sys.argv[2:])
-    run = train.prepare(args)
-    train.fit_loop(args, run)
-    pids = ["self", *(child.pid for child in multiprocessing.active_children())]
-    status = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
-    print(json.dumps({"peak": [int(re.search(r"VmHWM:\\\\s*(\\\\d+)", text)[1]) / 1e3 for text in status]}))
-""".replace("\\\\", "\\")
+        train.fit_loop(train.prepare(brief(source, folder, epochs, device)))
 
 
 def memory(s: dict, device: torch.device) -> dict:
-    """Resident memory of training on 100 scans over that on 10, workers included, started by fork and by spawn.
+    """Memory (of no file) of training on 100 scans over that on 10, 2 workers included, started by fork and by spawn.
 
-    The peak of each process, summed, after the same number of steps (1 epoch of 100 scans, 10 of 10), width 4.
+    The peak over all processes, with the same number of steps: 1 epoch of 100 scans, 10 of 10.
     """
-    many, few = s["memory_scans"], max(s["memory_scans"] // 10, 1)
-    checks, every = [], {}
+    few, many = s["scans"]
+    sources = {count: scans(count, s["shape"]) for count in s["scans"]}
+    for source in sources.values():
+        train.load_data(brief(source, ""))  # caching is another row
+    checks, raw = [], {}
     for method in ("fork", "spawn"):
-        def resident(count: int, method: str = method) -> float:
-            with tempfile.TemporaryDirectory() as folder:
-                argv = ["--data", scans(count), "--cache", SCRATCH / "arrays", "--out", f"{folder}/a", "--logs", folder,
-                        "--fold", "all", "--width", "4", "--depth", "2", "--size", "64", "64", "--augment", "none",
-                        "--epochs", many // count, "--workers", "2", "--device", device.type]
-                return float(sum(in_new_process(RESIDENT, method, *argv)["peak"]))
-
-        sides = {f"{count} scans": partial(resident, count) for count in (few, many)}
-        peak = take_turns(sides, s["repeats"])
-        ratios = over(peak[f"{many} scans"], peak[f"{few} scans"])
-        checks.append(check(f"memory with {many} scans / {few}, {method}", ratios, "at most 1.10"))
-        every |= {f"{method}, {name}, MB": values for name, values in peak.items()}
-    return {"checks": checks, "seconds": every}
+        peaks = {count: [peak_memory(train_briefly, source, many // count, device.type, method=method)
+                         for _ in range(min(s["repeats"], 3))] for count, source in sources.items()}
+        more = [(b - a) / (many - few) for a, b in zip(peaks[few], peaks[many], strict=True)]
+        checks += [check(f"memory with {many} scans / {few}, {method}", over(peaks[many], peaks[few]), "at most 1.10"),
+                   check(f"memory of each further scan, {method}", more, unit="MB")]
+        raw |= {f"{method}, {count} scans, MB": values for count, values in peaks.items()}
+    return {"checks": checks, "raw": raw}
 
 
-def slope(x: list[float], seconds: list[float]) -> float:
-    """Exponent k of seconds ~ x**k, by least squares on the logarithms."""
-    return float(np.polyfit(np.log(x), np.log(seconds), 1)[0])
+def above_imports(s: dict, function: Callable, argument) -> dict:
+    """The peak less that of a process that only imports, also as a multiple of the scan as float32."""
+    peaks = [peak_memory(function, argument) - peak_memory(abs, 0) for _ in range(min(s["repeats"], 3))]
+    size = 4 * float(np.prod(s["large"])) / 1e6
+    return {"checks": [check("peak above the imports", peaks, unit="MB"),
+                       check("as a multiple of the scan in float32", [value / size for value in peaks])], "raw": peaks}
 
 
-def growth(s: dict, device: torch.device) -> dict:
-    """Seconds of an epoch against 1x, 4x, 16x scans; against width; against slice size: slopes, and docs/growth.png."""
-    few, batches = s["growth_scans"][0], {"limit_batches": s["steps"] // 3 or 1}
-    settings = {
-        "scans": [(n, {"width": 4, "size": (64, 64), "augment": "none"}) for n in s["growth_scans"]],
-        "width": [(w, {"width": w, "size": (64, 64), **batches}) for w in s["growth_widths"]],
-        "slice height": [(n, {"width": 8, "size": (n, n), **batches}) for n in s["growth_sizes"]],
-    }
-    checks, every = [], {}
+def cache_large(source: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for kind, points in settings.items():
-            sides = {}
-            for value, flags in points:
-                source = scans(value if kind == "scans" else few)
-                args = train_args(source, Path(folder, f"{kind}-{value}"), epochs=1, batch_size=s["batch"], workers=1,
-                                  device=device.type, **flags)
-                run = quietly(train.prepare, args)
-
-                def epoch(args=args, run=run) -> float:
-                    quietly(train.fit_loop, args, run)
-                    return load_checkpoint(run.out / "last.pt")["log"][-1]["seconds"]
-
-                sides[str(value)] = epoch
-            seconds = take_turns(sides, s["repeats"])
-            x = [value for value, _ in points]
-            slopes = [slope(x, list(row)) for row in zip(*seconds.values(), strict=True)]
-            checks.append(check(f"exponent of {kind} in the seconds of an epoch", slopes))
-            every[kind] = seconds
-    return {"checks": checks, "seconds": every}
+        data.cache_scans(data.find_pairs(source), HOW, folder)
 
 
-def plot(record: dict, path: Path) -> None:
-    """Seconds an epoch against scans, width and slice size, on axes where a power is a line."""
-    from matplotlib.figure import Figure
-
-    row = record["rows"]["8"]
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    titles = {"scans": "scans", "width": "channels of the first level", "slice height": "height and width of a slice"}
-    for axes, (kind, title), line in zip(figure.subplots(1, 3), titles.items(), row["checks"], strict=True):
-        points = row["seconds"][kind]
-        x, every = [int(value) for value in points], list(points.values())
-        for column, values in zip(x, every, strict=True):
-            axes.plot([column] * len(values), values, ".", color="0.6")
-        axes.plot(x, [statistics.median(values) for values in every], "o-", color="#0072B2")
-        axes.set(xscale="log", yscale="log", xlabel=title, title=f"slope {line['median']:.2f}")
-        axes.set_xticks(x, [str(value) for value in x])
-        axes.minorticks_off()
-        seconds = [n for n in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(map(min, every)) <= n <= max(map(max, every))]
-        axes.set_yticks(seconds, [f"{n:g}" for n in seconds])
-    figure.axes[0].set_ylabel("seconds of an epoch")
-    visualize.save(figure, path)
+def score_large(shape: Sequence[int]) -> None:
+    masks = np.zeros((2, *shape), bool)
+    for n, mask in enumerate(masks):
+        mask[tuple(slice(length // 4 + n, length // 2 + n) for length in shape)] = True
+    metrics.score(*masks, spacing=(0.625, 0.625, 0.625))
 
 
-ROWS = {1: training_step, 2: multiply_adds, 3: data_path, 4: second_start, 5: epoch_overhead, 6: prediction, 7: memory,
-        8: growth}
+def caching(s: dict, device: torch.device) -> dict:
+    """Peak memory of reading, preprocessing and caching a scan of 512 x 512 x 200."""
+    return above_imports(s, cache_large, scans(1, s["large"]))
+
+
+def scoring(s: dict, device: torch.device) -> dict:
+    """Peak memory of scoring a mask of 512 x 512 x 200, the two masks included."""
+    return above_imports(s, score_large, s["large"])
+
+
+def minutes(s: dict, device: torch.device) -> dict:
+    """Minutes of training to a validation Dice of 0.90: the five-minute command, MONAI, the plain form (--data DIR).
+
+    A side that does not get there within --minutes counts with those: its ratio is then a lower bound.
+    """
+    curves, reached, checks = race(s), {}, []
+    for name, points in curves.items():
+        there = [point for point in points if point[1] >= GOAL]
+        reached[name] = (there or points[-1:])[0][0]
+        told = "" if there else f" (not reached: {points[-1][1]:.3f})"
+        checks.append(check(f"minutes to a Dice of {GOAL:.2f}, {name}{told}", [reached[name]]))
+    for name, goal in (("MONAI", "at least 5"), ("plain form", "")):
+        checks.append(check(f"{name} / ours", [reached[name] / reached["ours"]], goal))
+    return {"checks": checks, "raw": curves}
+
+
+ROWS = {"step": step, "monai": monai, "data": data_path, "prediction": prediction, "memory": memory, "caching": caching,
+        "scoring": scoring, "minutes": minutes}
 
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
-def main(argv: list[str] | None = None) -> int:
-    lines = [f"  {number}  {row.__doc__.splitlines()[0]}" for number, row in ROWS.items()]
+def main(argv: Sequence[str] | None = None) -> int:
+    lines = [f"  {name:10}  {row.__doc__.splitlines()[0]}" for name, row in ROWS.items()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="rows:\n" + "\n".join(lines),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", choices=tuple(ROWS), metavar="N",
-                        help="rows to measure anew (default: those that the JSON does not hold yet)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one repetition: does it run at all?")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "speed", metavar="DIR")
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=ROWS, metavar="ROW", help="rows to measure anew (default: those without a result)")
+    add("--data", metavar="DIR", help="the scans of the row `minutes`, as in train.py")
+    add("--minutes", dest="cap", type=float, default=60, help="of training, for MONAI and the plain form (60)")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--quick", action="store_true", help="tiny sizes, one repetition: does it run at all?")
+    add("--results", type=Path, default=RESULTS / "speed", metavar="DIR")
     args = parser.parse_args(argv)
-    sizes, device = QUICK if args.quick else FULL, pick_device(args.device)
-    path = args.results / (f"quick_{args.device}.json" if args.quick else f"speed_{args.device}.json")
-    version = commit()  # of the code that runs, whatever is edited meanwhile
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "monai", "imgaug", "opencv-python")}
-    versions["python"] = platform.python_version()
+    if "minutes" in (args.rows or []) and not args.data:
+        parser.error("the row `minutes` trains on real scans: give --data")
+    path = args.results / f"{'quick' if args.quick else 'speed'}_{args.device}.json"
     record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    version, s = commit(), (QUICK if args.quick else FULL) | {"data": args.data, "cap": args.cap}
     warnings.filterwarnings("ignore")
-    keep_freed_memory()
-    for number in args.rows or [n for n in ROWS if str(n) not in record["rows"]]:
+    predict.keep_freed_memory()
+    for name in args.rows or [name for name in ROWS if name not in record["rows"] and (args.data or name != "minutes")]:
         begun = time.perf_counter()
-        row = ROWS[number](sizes, device)
-        shown = shlex.join(["--rows", str(number), "--device", args.device] + ["--quick"] * args.quick)
-        record["rows"][str(number)] = {
-            "name": ROWS[number].__name__, "command": f"python benchmarks/speed.py {shown}", "commit": version,
-            "date": datetime.date.today().isoformat(), "minutes": (time.perf_counter() - begun) / 60, **row,
-        }
-        record["rows"] = dict(sorted(record["rows"].items()))
-        record |= {"hardware": hardware(), "threads": torch.get_num_threads(), "sizes": sizes,
-                   "versions": versions}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        row = ROWS[name](s, predict.pick_device(args.device))
+        words = ["--rows", name, "--device", args.device] + ["--quick"] * args.quick
+        words += ["--data", Path(args.data).name, "--minutes", f"{args.cap:g}"] if name == "minutes" else []
+        record["rows"][name] = {
+            "command": f"python benchmarks/speed.py {shlex.join(words)}", "commit": version, "hardware": hardware(),
+            "date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(),
+            "versions": {lib: metadata.version(lib) for lib in ("torch", "numpy", "monai", "imgaug", "opencv-python")}
+            | {"python": platform.python_version()}, "took_minutes": (time.perf_counter() - begun) / 60, **row}
+        args.results.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
-        if number == 8 and not args.quick:
-            plot(record, ROOT / "docs" / "growth.png")
         for line in row["checks"]:
-            met = {True: "met", False: "MISSED", None: ""}[line.get("met")]
             spread = f"({min(line['values']):.3g} to {max(line['values']):.3g})"
-            print(f"{number}  {line['what']:66} {line['median']:8.3g} {line['unit']:10} {spread:20} {line['goal']:14} "
-                  f"{met}", flush=True)
+            print(f"{name:10} {line['what']:60} {line['median']:8.3g} {line['unit']:3} {spread:20} {line['goal']:14} "
+                  f"{ {True: 'met', False: 'MISSED', None: ''}[line.get('met')]}", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -43,7 +43,8 @@ def write_nifti():
 @pytest.fixture
 def run_args(phantoms, tmp_path):
     """Arguments of a tiny run: seconds on one core."""
-    folders = ["--cache", str(tmp_path / "cache"), "--tensorboard", str(tmp_path / "logs"), "--out", str(tmp_path / "run")]
+    folders = ["--cache", str(tmp_path / "cache"), "--tensorboard", str(tmp_path / "logs")]
+    folders += ["--out", str(tmp_path / "run")]
     tiny = ["--width", "4", "--depth", "2", "--epochs", "2", "--batch-size", "8", "--folds", "3", "--precision", "fp32"]
     return ["--data", str(phantoms), *folders, *tiny, "--workers", "0", "--device", "cpu"]
 

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -37,7 +36,8 @@ ONE_NAN[0, 0, 0] = np.nan
 
 COMMANDS = {  # in the folder of the test
     "train": (train, "--data set --cache cache --tensorboard logs --out out --width 2 --depth 1 --stem 1 --epochs 1 "
-                     "--folds 3 --batch-size 2 --limit-batches 1 --workers 0 --augment none --device cpu --precision fp32"),
+                     "--folds 3 --batch-size 2 --limit-batches 1 --workers 0 --augment none --device cpu --precision "
+                     "fp32"),
     "predict": (predict, "set/imagesTr --checkpoint last.pt --out out --device cpu"),
     "score": (predict, "set/imagesTr --checkpoint last.pt --out out --device cpu --labels set/labelsTr"),
     "data": (data, "set"),
@@ -86,14 +86,6 @@ def header(**fields):
             head[field] = value
         Path("set/imagesTr/a.nii.gz").write_bytes(gzip.compress(head.binaryblock + content[348:]))
     return plant
-
-
-def bomb(shape, offset=352):
-    """A file of a few MB that unpacks to gigabytes of zeros."""
-    head = nifti(np.zeros((2, 2, 2), np.uint8)).header
-    head.set_data_shape(shape)
-    head["magic"], head["vox_offset"] = b"n+1", offset
-    return scan(gzip.compress(head.binaryblock + bytes(4)) + gzip.compress(bytes(2**24)) * 60)
 
 
 def file(name, content=b""):
@@ -152,9 +144,11 @@ REFUSED = [
      "labelsTr: holds no .nii or .nii.gz file, but a.seg.nrrd; convert"),
     ("no labels folder", remove("set/labelsTr"), "train, data", "set: holds imagesTr; expected; labelsTr/"),
     ("no labels folder to score by", remove("set/labelsTr"), "score", "set/labelsTr: No such file"),
-    ("scan without label", remove("set/labelsTr/b.nii.gz"), "train, data", "imagesTr; b; no file of; name; in labelsTr/; add it"),
+    ("scan without label", remove("set/labelsTr/b.nii.gz"), "train, data",
+     "imagesTr; b; no file of; name; in labelsTr/; add it"),
     ("scan without label, scored", remove("set/labelsTr/b.nii.gz"), "score", "labelsTr: no label for b"),
-    ("label without scan", remove("set/imagesTr/b.nii.gz"), "train, data", "labelsTr; b; no file of; name; in imagesTr/; add it"),
+    ("label without scan", remove("set/imagesTr/b.nii.gz"), "train, data",
+     "labelsTr; b; no file of; name; in imagesTr/; add it"),
     ("labels that are all named otherwise", lambda: [rename(n, f"{n}_seg.nii.gz", ["labelsTr"])() for n in "abc"],
      "train, data", "set/labelsTr; a_seg, b_seg, c_seg; no file of; name"),
     ("two scans of one name", both(scan(nifti(SCAN), "a.nii")), "train, data, predict", "a.nii.gz; same name; rename"),
@@ -169,32 +163,37 @@ REFUSED = [
     ("a link to a secret", both(remove(SCANS[0]), file("pw", b"secret" * 99), lambda: os.symlink("../../pw", SCANS[0])),
      ALL, "a.nii.gz: not a readable NIfTI file"),
     # -- headers
-    ("32767 voxels along each axis", header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), ALL, "a.nii.gz: its header claims"),
+    ("32767 voxels along each axis", header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), ALL,
+     "a.nii.gz: its header claims"),
     ("negative size", header(dim=[3, -16, 12, 6, 1, 1, 1, 1]), ALL, "a.nii.gz"),
     ("more voxels than the file", header(dim=[3, 16, 12, 60, 1, 1, 1, 1]), ALL, "a.nii.gz; copy it again"),
     ("voxels before the file", header(vox_offset=-1e18), ALL, "a.nii.gz"),
     ("voxels behind gigabytes of comment", header(vox_offset=2e9), ALL, "a.nii.gz: its header claims"),
-    ("a bomb", bomb((2000, 2000, 2000)), "data, predict", "a.nii.gz: its header claims 8,000,000,"),
-    ("a bomb before the voxels", bomb((4, 4, 4), 2_000_000_000), "data, predict", "a.nii.gz: its header claims"),
     ("a picture in 2D", scan(nifti(SCAN[..., 0])), ALL, "a.nii.gz: shape is (16, 12); one volume"),
     ("a series in 4D", scan(nifti(np.stack([SCAN, SCAN], -1))), ALL, "a.nii.gz: shape is (16, 12, 6, 2); one volume"),
     ("complex voxels", scan(nifti(SCAN.astype(np.complex64))), ALL, "a.nii.gz: voxels are complex64"),
     ("RGB voxels", scan(nifti(np.zeros((4, 4, 4), [(c, "u1") for c in "RGB"]))), ALL, "a.nii.gz: voxels are"),
     ("singular affine", header(srow_x=0, srow_y=0), ALL, "a.nii.gz; correct the affine"),
-    ("axes in one plane", header(srow_x=[1, 1, 0, 0], srow_y=[1, 1, 0, 0]), ALL, "a.nii.gz: the affine is singular; set"),
+    ("axes in one plane", header(srow_x=[1, 1, 0, 0], srow_y=[1, 1, 0, 0]), ALL,
+     "a.nii.gz: the affine is singular; set"),
     ("affine of NaN", header(srow_x=np.nan), ALL, "a.nii.gz; correct the affine"),
-    ("spacing in metres", scan(nifti(SCAN, np.diag([1e-3, 1e-3, 3e-3, 1]), xyzt_units=1)), ALL, "a voxel is 0.001; metres"),
-    ("spacing in microns", scan(nifti(SCAN, np.diag([1e3, 1e3, 3e3, 1]), xyzt_units=3)), ALL, "1000 x 3000 mm; microns"),
+    ("spacing in metres", scan(nifti(SCAN, np.diag([1e-3, 1e-3, 3e-3, 1]), xyzt_units=1)), ALL,
+     "a voxel is 0.001; metres"),
+    ("spacing in microns", scan(nifti(SCAN, np.diag([1e3, 1e3, 3e3, 1]), xyzt_units=3)), ALL,
+     "1000 x 3000 mm; microns"),
     # -- voxels
     ("NaN everywhere", scan(nifti(SCAN * np.float32(np.nan))), ALL, "a.nii.gz: no voxel is finite; export it again"),
     ("constant", scan(nifti(SCAN * 0 + 7)), "train, predict, data", "a.nii.gz; voxel; 7; scan"),
     ("a NaN, checked", scan(nifti(ONE_NAN)), "data", "a.nii.gz: 1 voxels are NaN or infinite"),
     # -- labels
-    ("label of another shape", label(nifti(MASK[:-1])), PAIRED, "labelsTr/a.nii.gz: shape is (15, 12, 6); must be equal"),
+    ("label of another shape", label(nifti(MASK[:-1])), PAIRED,
+     "labelsTr/a.nii.gz: shape is (15, 12, 6); must be equal"),
     ("label 5 mm off", label(nifti(MASK, shifted(5))), PAIRED, "labelsTr/a.nii.gz: the affine differs; 5 mm; resample"),
-    ("label with fractions", label(nifti(MASK * np.float32(0.5))), PAIRED, "a.nii.gz: values are 0, 0.5; whole numbers"),
+    ("label with fractions", label(nifti(MASK * np.float32(0.5))), PAIRED,
+     "a.nii.gz: values are 0, 0.5; whole numbers"),
     ("negative label", label(nifti(-MASK.astype(np.int8))), PAIRED, "labelsTr/a.nii.gz: values are -1, 0; from 0"),
-    ("NaN for background", label(nifti(np.where(MASK, 1, np.nan))), PAIRED, "a.nii.gz: values are 1, nan; whole numbers"),
+    ("NaN for background", label(nifti(np.where(MASK, 1, np.nan))), PAIRED,
+     "a.nii.gz: values are 1, nan; whole numbers"),
     ("Inf in a label", label(nifti(np.where(MASK, np.inf, 0))), PAIRED, "labelsTr/a.nii.gz: values are 0, inf"),
     ("no foreground anywhere", labels(MASK * 0), "train", "set; foreground; --label; nothing to learn"),
     ("a label that no file holds", sound, "train --label 7", "set; foreground; --label [7]"),
@@ -204,8 +203,8 @@ REFUSED = [
     ("one scan", remove(*SCANS[1:], "set/labelsTr/b.nii.gz", "set/labelsTr/c.nii.gz"), "train", "--folds 3: expected"),
     ("--fold", sound, "train --fold 3, train --fold -1, train --fold x", "--fold; expected 0 to 2"),
     ("--folds", sound, "train --folds 4, train --folds 1", "--folds; expected 2 to 3"),
-    ("--spacing", sound, "train --spacing -1, train --spacing 0, train --spacing nan, train --spacing inf, train --spacing x",
-     "--spacing"),
+    ("--spacing", sound, "train --spacing -1, train --spacing 0, train --spacing nan, train --spacing inf, "
+     "train --spacing x", "--spacing"),
     ("--patch of nothing", sound, "train --dims 3 --patch 0 32 32", "--patch; 0: expected a number from 1"),
     ("--size of another rank", sound, "train --size 7, train --dims 3 --size 7 7", "--size: expected"),
     ("--size below the network's", sound, "train --size 4 4 --depth 3 --norm batch, train --size 7 7 --depth 3, "
@@ -224,9 +223,10 @@ REFUSED = [
     ("curves of no run", sound, "curves", "set/log.csv"),
     ("phantoms out of range", sound, "phantom --scans 0, phantom --size 9, phantom --seed -1", "expected"),
     ("phantoms beside something else", file("out/mine.txt"), "phantom", "out holds something else; empty folder"),
-    ("masks over labels", sound, "score --out set/labelsTr, predict --out set/imagesTr, score --out ./set/../set/labelsTr",
-     "overwrite a scan or a label; another --out"),
-    ("masks over linked labels", lambda: os.symlink("set/labelsTr", "link"), "score --out link", "overwrite; another --out"),
+    ("masks over labels", sound, "score --out set/labelsTr, predict --out set/imagesTr, "
+     "score --out ./set/../set/labelsTr", "overwrite a scan or a label; another --out"),
+    ("masks over linked labels", lambda: os.symlink("set/labelsTr", "link"), "score --out link",
+     "overwrite; another --out"),
     ("no scan held out", checkpoint(split={"train": ["a"], "val": ["x"]}), "score --held-out", "--held-out; x"),
     # -- runs and checkpoints
     ("a run in --out", file("out/last.pt"), "train", "out: holds a run; --resume; another --out"),
@@ -237,14 +237,19 @@ REFUSED = [
     ("checkpoint of garbage", file("last.pt", b"garbage" * 99), "predict, layers", "last.pt; checkpoint; train.py"),
     ("checkpoint cut short", lambda: os.truncate("last.pt", 999), "predict, layers", "last.pt; checkpoint; train.py"),
     ("a scan for a checkpoint", sound, "predict --checkpoint set/imagesTr/a.nii.gz", "a.nii.gz; checkpoint; train.py"),
-    ("checkpoint of another program", lambda: torch.save({"state_dict": {}}, "last.pt"), "predict, layers", "last.pt; checkpoint; train.py"),
-    ("checkpoint of the first version", checkpoint(version=1), "predict, layers", "last.pt; version is 1; train it anew"),
-    ("checkpoint of another network", checkpoint(network=NETWORK | {"width": 3}), "predict, layers", "last.pt; do not fit"),
+    ("checkpoint of another program", lambda: torch.save({"state_dict": {}}, "last.pt"), "predict, layers",
+     "last.pt; checkpoint; train.py"),
+    ("checkpoint of the first version", checkpoint(version=1), "predict, layers",
+     "last.pt; version is 1; train it anew"),
+    ("checkpoint of another network", checkpoint(network=NETWORK | {"width": 3}), "predict, layers",
+     "last.pt; do not fit"),
     ("a huge network", checkpoint(network=NETWORK | {"width": 10**6, "depth": 8}), "predict", "last.pt; do not fit"),
     ("code under a known key", checkpoint(model=Payload()), "predict, layers", "last.pt; checkpoint; train.py"),
-    ("code under a key that nobody reads", checkpoint(note=Payload()), "predict, layers", "last.pt; checkpoint; train.py"),
+    ("code under a key that nobody reads", checkpoint(note=Payload()), "predict, layers",
+     "last.pt; checkpoint; train.py"),
     ("code in a run to resume", both(checkpoint(note=Payload()), lambda: os.mkdir("out"),
-                                     lambda: os.rename("last.pt", "out/last.pt")), "train --resume", "out/last.pt; checkpoint; train.py"),
+                                     lambda: os.rename("last.pt", "out/last.pt")), "train --resume",
+     "out/last.pt; checkpoint; train.py"),
 ]
 
 
@@ -284,11 +289,8 @@ def each(table):
 @pytest.mark.parametrize(("plant", "met_by", "words"), each(REFUSED))
 def test_refused(plant, met_by, words, root, capsys):
     plant()
-    before, started = contents(root), time.perf_counter()
-    tracemalloc.start()
+    before = contents(root)
     code = run(met_by)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
     out, err = capsys.readouterr()
     lines = err.splitlines()
     if lines and lines[0].startswith("usage:"):  # argparse says how a command is used, then what was wrong
@@ -298,7 +300,6 @@ def test_refused(plant, met_by, words, root, capsys):
     assert code == 2 and len(lines) == 1 and "Traceback" not in out + err, (out, err)
     assert not [word for word in words.split("; ") if word not in lines[0]], lines
     assert contents(root) == before
-    assert peak < 2e8 and time.perf_counter() - started < 5  # nothing is allocated that a header only claims
 
 
 # ------------------------------------------------------------------------------------------------------------ repaired
@@ -307,7 +308,7 @@ REPAIRED = [
     # planted, how, met by, the note (or nothing, where nothing was changed)
     ("a sound set", sound, "train, predict, score, data, overlay, layers", ""),
     ("hidden and other files", both(scan(b"x", "._a.nii.gz"), label(b"x", "._a.nii.gz"), scan(b"x", "README.txt"),
-                                    file("set/dataset.json", b'{"training": [{"image": "/etc/passwd"}]}')), "data, score", ""),
+                                    file("set/dataset.json", b'{"training": ["/etc/passwd"]}')), "data, score", ""),
     ("one volume in 4D", both(scan(nifti(SCAN[..., None])), label(nifti(MASK[..., None]))), "data, score", ""),
     ("a NaN", scan(nifti(ONE_NAN)), "train, score", "a.nii.gz: 1 voxels are NaN or infinite; set to the lowest"),
     ("a label 1e-5 mm off", label(nifti(MASK, shifted(1e-5))), "score", "labelsTr/a.nii.gz; 1.0e-05 mm"),
@@ -320,7 +321,8 @@ REPAIRED = [
     ("another spacing than in training", both(*(plant(nifti(array, np.diag([2, 3, 4, 1]))) for plant, array in
                                                 ((scan, SCAN), (label, MASK)))), "score", ""),
     ("capital endings", rename("a", "a.NII.GZ"), "score, data, train", ""),
-    *((f"the name {n[:9]}", rename("b", f"{n}.nii.gz"), "train, score", "") for n in ("left atrium", "心" * 80, "l" * 230)),
+    *((f"the name {name[:9]}", rename("b", f"{name}.nii.gz"), "train, score", "")
+      for name in ("left atrium", "心" * 80, "l" * 230)),
 ]
 
 
@@ -349,10 +351,24 @@ def test_the_check_finds_every_problem_and_no_other(root, capsys):
         plant()
     assert run("data") == 2
     table, problems = capsys.readouterr().out.split("3 pairs, 6 problems\n")
-    for word in ("imagesTr: d: no file", "labelsTr: e: no file", "imagesTr/a.nii.gz: not", "labelsTr/b.nii.gz: no voxel", "labelsTr/c.nii.gz: the affine",
-                 "imagesTr/c.nii.gz: every voxel is 0"):
+    for word in ("imagesTr: d: no file", "labelsTr: e: no file", "imagesTr/a.nii.gz: not",
+                 "labelsTr/b.nii.gz: no voxel", "labelsTr/c.nii.gz: the affine", "imagesTr/c.nii.gz: every voxel is 0"):
         assert sum(word in line for line in problems.splitlines()) == 1, word
-    assert "b                          6 x 12 x 16" in table
+    assert "6 x 12 x 16 voxels of" in table
+
+
+@pytest.mark.parametrize(("shape", "offset"), [((2000, 2000, 2000), 352), ((4, 4, 4), 2_000_000_000)])
+def test_nothing_is_allocated_that_a_header_only_claims(root, capsys, shape, offset):
+    """A file of 1 MB that unpacks to 1 GB, and claims eight of voxels, or two of comment before them."""
+    head = nifti(np.zeros((2, 2, 2), np.uint8)).header
+    head.set_data_shape(shape)
+    head["magic"], head["vox_offset"] = b"n+1", offset
+    scan(gzip.compress(head.binaryblock + bytes(4)) + gzip.compress(bytes(2**24)) * 60)()
+    tracemalloc.start()
+    codes = [run(command) for command in ("data", "predict")]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert codes == [2, 2] and capsys.readouterr().err.count("a.nii.gz: its header claims") == 1 and peak < 1e7
 
 
 def test_a_bad_header_among_many_scans_is_told_before_the_first_mask(root):

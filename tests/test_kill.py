@@ -41,7 +41,8 @@ def life(arguments, fatal, number, shown):
         return write(path, content)
 
     Path.write_bytes = half
-    for module, name in ((data, "cache_scan"), (torch.nn.utils, "clip_grad_norm_"), (train, "evaluate"), (train, "log_row")):
+    steps = (data, "cache_scan"), (torch.nn.utils, "clip_grad_norm_"), (train, "evaluate"), (train, "log_row")
+    for module, name in steps:
         setattr(module, name, deadly(getattr(module, name)))
     sys.exit(train.main(arguments))
 
@@ -54,13 +55,14 @@ def live(*args):
 
 
 @pytest.mark.parametrize(("engine", "moments", "seed"), [
-    ("loop", 2, 0), pytest.param("loop", 10, 1, marks=pytest.mark.slow), pytest.param("lightning", 5, 2, marks=pytest.mark.slow),
+    ("loop", 2, 0), pytest.param("loop", 10, 1, marks=pytest.mark.slow),
+    pytest.param("lightning", 5, 2, marks=pytest.mark.slow),
 ])
 def test_killed_at_any_moment_a_run_ends_as_if_left_alone(quick, tmp_path, engine, moments, seed):
     """SIGKILL at seeded moments, the first in the middle of a checkpoint; a run that ends is followed by a new one."""
     common = [*quick, *RUN, "--engine", engine]
     train.train(train.parse_args([*common, "--out", str(tmp_path / "alone")]))
-    rng, kills, runs, fatal = random.Random(seed), 0, 0, 26  # of about 37 events, six of them scans
+    rng, kills, runs, fatal = random.Random(seed), 0, 0, 24  # last.pt of the second epoch
     while True:
         out = tmp_path / f"killed{runs}"
         arguments = [*common, "--out", str(out), "--cache", str(out / "cache"), "--resume"]
@@ -68,7 +70,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_left_alone(quick, tmp_path, engin
         assert code in (0, -signal.SIGKILL), (tmp_path / "shown").read_text()
         for path in out.glob("*.pt"):
             assert 1 <= len(predict.load_checkpoint(path)["log"]) <= 3
-        kills, fatal = kills + (code != 0), rng.randrange(30)
+        kills, fatal = kills + (code != 0), rng.randrange(25)
         if code == 0:
             assert not differ(tmp_path / "alone", out)
             assert same(weights(tmp_path / "alone" / "best.pt"), weights(out / "best.pt"))

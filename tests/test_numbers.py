@@ -12,7 +12,7 @@ import train
 
 LIGHTNING = pytest.param("lightning", marks=pytest.mark.filterwarnings("ignore"))
 # 14 steps of 4 slices an epoch, in the order of seed 0; instance norm keeps no statistics.
-RUN = "--limit-batches 99 --batch-size 4 --epochs 2 --augment none --norm instance".split()
+RUN = ["--limit-batches", "99", "--batch-size", "4", "--epochs", "2", "--augment", "none", "--norm", "instance"]
 
 
 @pytest.fixture(autouse=True)

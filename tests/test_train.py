@@ -63,7 +63,8 @@ def test_what_a_run_leaves(run_args, tmp_path, capsys):
     assert checkpoint["preprocess"]["axis"] == 2 and len(checkpoint["preprocess"]["size"]) == 2
     assert checkpoint["args"] == json.loads((out / "args.json").read_text()) and checkpoint["args"]["lr"] == 4e-3
     split = json.loads((out / "split.json").read_text())
-    assert checkpoint["split"] == split == {"train": ["la_001", "la_002", "la_004", "la_005"], "val": ["la_000", "la_003"]}
+    assert checkpoint["split"] == split
+    assert split == {"train": ["la_001", "la_002", "la_004", "la_005"], "val": ["la_000", "la_003"]}
 
     log = [{name: float(value) for name, value in row.items()}
            for row in csv.DictReader((out / "log.csv").read_text().splitlines())]
@@ -78,7 +79,8 @@ def test_what_a_run_leaves(run_args, tmp_path, capsys):
     assert f"organ {log[1]['val/foreground_prediction']:.2%} of {truth:.2%}" in shown.out
 
     events = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
-    assert set(events.Tags()["scalars"]) == set(log[0]) and {name.split("/")[0] for name in log[0]} == {"train", "val", "system"}
+    assert set(events.Tags()["scalars"]) == set(log[0])
+    assert {name.split("/")[0] for name in log[0]} == {"train", "val", "system"}
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (n, pytest.approx(row["train/loss"])) for n, row in enumerate(log, start=1)]
     assert [image.step for image in events.Images("validation")] == [1, 2]
@@ -123,7 +125,8 @@ def test_stopped_after_two_epochs_and_resumed_a_run_ends_as_if_left_alone(quick,
     assert same(weights(tmp_path / "alone" / "best.pt"), weights(tmp_path / "parts" / "best.pt"))
     for name in ("train/loss", "train/grad_norm", "train/lr", "val/dice"):
         assert [row[name] for row in alone["log"]] == [row[name] for row in resumed["log"]]
-    states = [(end["optimizer"] if engine == "loop" else end["optimizer_states"][0])["state"] for end in (alone, resumed)]
+    ends = [end["optimizer"] if engine == "loop" else end["optimizer_states"][0] for end in (alone, resumed)]
+    states = [end["state"] for end in ends]
     assert states[0] and all(same(states[0][key], states[1][key]) for key in states[0])
 
     before = (tmp_path / "parts" / "last.pt").read_bytes()
@@ -179,14 +182,14 @@ def test_best_is_the_first_epoch_of_the_highest_dice_for_both_engines(quick, tmp
         assert [row["val/dice"] for row in best["log"]] == pytest.approx(scores[:2])
 
 
-def test_steps_of_an_epoch(quick, monkeypatch):
+def test_steps_of_an_epoch(quick, tmp_path, monkeypatch):
     """58 slices are 7 batches of 8; two batches a step are 4 steps, the last of one batch; a limit comes first."""
     clip, count = torch.nn.utils.clip_grad_norm_, []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: count.append(1) or clip(*args))
     for limit, accumulate, steps in ((99, 1, 7), (99, 2, 4), (3, 2, 2), (3, 5, 1)):
         count.clear()
         job = [*quick, "--limit-batches", limit, "--accumulate", accumulate, "--epochs", 1, "--overfit", 4]
-        prepared = train.prepare(train.parse_args([*map(str, job), "--out", f"{quick[5]}{limit}{accumulate}"]))
+        prepared = train.prepare(train.parse_args([*map(str, job), "--out", f"{tmp_path}/{limit}-{accumulate}"]))
         assert (prepared.steps, len(prepared.train_set)) == (steps, 58)
         train.fit_loop(prepared)
         assert len(count) == steps
@@ -240,7 +243,7 @@ def test_a_checkpoint_alone_is_not_overwritten(quick, tmp_path, capsys):
     assert snapshot(tmp_path / "run") == {"best.pt": b"mine"}
 
 
-def test_of_two_runs_at_once_in_one_folder_one_is_refused_and_without_out_each_has_its_own(quick, tmp_path, monkeypatch):
+def test_of_two_runs_at_once_one_gets_the_folder_and_without_out_each_its_own(quick, tmp_path, monkeypatch):
     """The first has claimed the folder before its first epoch ends."""
     train.prepare(train.parse_args(quick))
     before = snapshot(tmp_path / "run")
@@ -258,22 +261,10 @@ def test_of_two_runs_at_once_in_one_folder_one_is_refused_and_without_out_each_h
     assert folders[0] != folders[1] and all((folder / "args.json").exists() for folder in folders)
 
 
-@pytest.mark.parametrize(("changes", "told"), [
-    ("--fold 3", "--fold 3: expected 0 to 2"), ("--label 7", "--label"),
-    ("--data /nowhere", "/nowhere"), ("--device cuda:99", "--device cuda:99"), ("--size 4 4", "--size"),
-    ("--precision fp16", "--precision fp16"), ("--engine lightning --precision fp16", "--precision fp16"),
-])
-def test_a_run_that_cannot_be_is_refused_in_one_line(quick, tmp_path, capsys, changes, told):
-    refuse(capsys, [*quick, *changes.split()], told)
+def test_float16_on_a_cpu_is_refused(quick, tmp_path, capsys):
+    for engine in ("loop", "lightning"):
+        refuse(capsys, [*quick, "--engine", engine, "--precision", "fp16"], "--precision fp16")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("changes", ["--epochs 0", "--depth 30", "--lr nan", "--seed 99999999999", "--size 8 8 8",
-                                     "--spacing -1", "--batch-size x", "--stem 0"])
-def test_arguments_out_of_range_are_refused_by_name(quick, capsys, changes):
-    with pytest.raises(SystemExit) as end:
-        train.parse_args([*quick, *changes.split()])
-    assert end.value.code == 2 and f"argument {changes.split()[0]}" in capsys.readouterr().err
 
 
 def test_a_screen_that_knows_ascii_only_does_not_end_a_run(quick, tmp_path, monkeypatch):
@@ -313,8 +304,8 @@ def test_cuda_learns_and_resumes(quick, tmp_path, precision, engine):
 
 @pytest.mark.gpu
 def test_cuda_engines_are_twins_in_bfloat16(quick, tmp_path):
-    logs = [run(*quick, "--device", "cuda", "--precision", "bf16", "--engine", engine, "--out", tmp_path / engine)["log"]
-            for engine in ("loop", "lightning")]
+    job = [*quick, "--device", "cuda", "--precision", "bf16"]
+    logs = [run(*job, "--engine", engine, "--out", tmp_path / engine)["log"] for engine in ("loop", "lightning")]
     for one, other in zip(*logs, strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-3)
 

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ import predict
 import train
 
 # Three epochs with augmentation, schedule, clipping, validation and 2 workers; the last step of an epoch has one batch.
-TWIN = "--epochs 3 --augment full --clip 0.05 --workers 2 --limit-batches 5".split()
-VOLUME = "--dims 3 --size 8 24 24 --batch-size 2 --spacing 6".split()
+TWIN = ["--epochs", "3", "--augment", "full", "--clip", "0.05", "--workers", "2", "--limit-batches", "5"]
+VOLUME = ["--dims", "3", "--size", "8", "24", "24", "--batch-size", "2", "--spacing", "6"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 # A server that has imported train.py and forks: a process starts in milliseconds.
 server = multiprocessing.get_context("forkserver")
@@ -103,17 +102,24 @@ def test_torchrun_runs_the_real_command(quick, tmp_path):
     assert job.stdout.count("epoch  1/1") == 1 and len(torch.load(tmp_path / "run" / "last.pt")["scans"]) == 2
 
 
-@pytest.mark.slow
-def test_torchrun_runs_lightning_with_more_processes_than_scans_to_validate(quick, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__]
-    job = [*quick, "--norm", "instance", "--folds", "6"]
-    for engine in ("loop", "lightning"):
-        shown = subprocess.run([*command, *job, "--engine", engine, "--out", str(tmp_path / engine)],
-                               capture_output=True, text=True, timeout=300)
-        assert shown.returncode == 0, shown.stderr
+def test_more_processes_than_scans_to_validate(quick, tmp_path):
+    common = [*quick, "--norm", "none", "--folds", "6", "--epochs", "1"]
+    jobs = [[*common, "--engine", engine, "--out", str(tmp_path / engine)] for engine in ("loop", "lightning")]
+    assert processes(2, jobs, tmp_path / "shown") == [0, 0], (tmp_path / "shown1").read_text()
     assert not differ(tmp_path / "loop", tmp_path / "lightning")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(quick, tmp_path):
     assert processes(2, [[*quick, "--batch-size", "3"]], tmp_path / "shown") == [2, 2]
-    assert "--batch-size 3" in (tmp_path / "shown0").read_text() and "Traceback" not in (tmp_path / "shown1").read_text()
+    told = [(tmp_path / f"shown{number}").read_text() for number in range(2)]
+    assert "--batch-size 3" in told[0] and "Traceback" not in told[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["loop", "lightning"])
+def test_torchrun_of_one_process_on_cuda(quick, tmp_path, engine):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", train.__file__]
+    job = [*quick, "--device", "cuda", "--precision", "bf16", "--engine", engine]
+    shown = subprocess.run([*command, *job], capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    assert len(predict.load_checkpoint(tmp_path / "run" / "last.pt")["log"]) == 2

@@ -1,0 +1,171 @@
+"""Minutes of training to a validation Dice of 0.90: this project, MONAI, and the plain form. A row of speed.py.
+
+    python benchmarks/speed.py --rows minutes --data DIR [--minutes 60]
+
+The plain form is what this project began as, and what tutorials write: float32, NCHW, Adam, the loss read in every
+step, one file for each slice. All three train on the same scans of fold 0, on the same cores, with as many workers, one
+after the other. Minutes begin with the reading of the scans; those spent on validation are not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import accuracy
+import numpy as np
+import torch
+from record import ROOT  # makes the files of the project importable
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import data
+import metrics
+import train
+from losses import DiceLoss
+from unet import UNet
+
+SCRATCH = ROOT / "cache" / "speed"  # what the benchmarks keep from call to call
+GOAL = 0.90
+Side = Iterator[tuple[int, Callable[[], float]]]  # after each step: how many slices it saw, and how to validate
+
+
+class PlainSlices(Dataset):
+    """The data set of the plain form: one .npy of float64 for each slice; imgaug seeded and fed by its own wrapper."""
+
+    def __init__(self, folder: Path, scans: Sequence[data.CachedScan], size: Sequence[int]):
+        iaa = data.import_imgaug()
+        self.augment = iaa.Sequential([iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45)), iaa.ElasticTransformation()])
+        self.files = []
+        for scan in scans:
+            image, mask = (data.crop_or_pad(scan.open(kind), size) for kind in ("image", "mask"))
+            for d in range(len(image)):
+                self.files.append(folder / f"{scan.name}-{d}.npy")
+                np.save(self.files[-1], image[d].astype(np.float64))
+                np.save(folder / f"{scan.name}-{d}-mask.npy", mask[d])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        import imgaug
+        from imgaug.augmentables.segmaps import SegmentationMapsOnImage
+
+        path = self.files[index]
+        image, mask = np.load(path).astype(np.float32), np.load(path.with_name(f"{path.stem}-mask.npy"))
+        imgaug.seed(torch.randint(0, 1_000_000, (1,)).item())
+        image, mask = self.augment(image=image, segmentation_maps=SegmentationMapsOnImage(mask, mask.shape))
+        return image[None], mask.get_arr()[None].astype(np.float32)
+
+
+def plain_step(net: nn.Module, loss_function: nn.Module, lr: float = 1e-4) -> Callable[[Tensor, Tensor], float]:
+    """A training step of the plain form, and of MONAI's tutorials."""
+    optimizer = torch.optim.Adam(net.parameters(), lr)
+
+    def step(image: Tensor, mask: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = loss_function(net(image), mask)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def plain_side(s: dict, folder: str, workers: int) -> Side:
+    """The plain form with the first recipe."""
+    args = train.parse_args(["--data", str(s["data"]), "--cache", f"{folder}/arrays",
+                             *accuracy.flags(accuracy.arguments("seed")), *s["plain"]])
+    scans, val_scans, _, how = train.load_data(args)
+    loader = DataLoader(PlainSlices(Path(folder), scans, how["size"]), args.batch_size, shuffle=True,
+                        num_workers=workers, persistent_workers=workers > 0)
+    net = UNet(**s["networks"][0])
+    step = plain_step(net, DiceLoss())
+
+    def validate() -> float:
+        return float(np.mean([row["dice"] for row in train.evaluate(net, val_scans, how, torch.float32, 16)]))
+
+    while True:
+        for image, mask in loader:
+            step(image, mask)
+            yield len(image), validate
+
+
+def monai_side(s: dict, folder: str, workers: int) -> Side:
+    """MONAI as its 2D tutorial has it (unet_training_dict.py: 8 crops of 96 x 96 a batch, about organ and background
+    by turns; quarter turns; Adam at 1e-3; a sliding window), with BasicUNet, DiceCELoss and CacheDataset."""
+    from monai import data as monai_data
+    from monai import transforms as t
+    from monai.inferers import SliceInferer
+    from monai.losses import DiceCELoss
+    from monai.networks.nets import BasicUNet
+
+    pairs, keys = data.find_pairs(s["data"]), ["image", "label"]
+    split = data.split_scans([pair.name for pair in pairs], 5, 0)
+    files = {part: [{"image": str(pair.image), "label": str(pair.label)} for pair in pairs if pair.name in split[part]]
+             for part in split}
+    read = [t.LoadImaged(keys), t.EnsureChannelFirstd(keys), t.Orientationd(keys, axcodes="RAS"),
+            t.ScaleIntensityd(keys)]
+    crop = [t.RandCropByPosNegLabeld(keys, label_key="label", spatial_size=(*s["crop"], 1), pos=1, neg=1,
+                                     num_samples=4),
+            t.RandRotate90d(keys, prob=0.5, spatial_axes=(0, 1)), t.SqueezeDimd(keys, dim=-1)]
+    train_set = monai_data.CacheDataset(files["train"], t.Compose(read + crop), num_workers=4, progress=False)
+    val_set = monai_data.CacheDataset(files["val"], t.Compose(read), num_workers=4, progress=False)
+    loader = monai_data.DataLoader(train_set, batch_size=2, shuffle=True, num_workers=workers,  # 4 crops of each scan
+                                   persistent_workers=workers > 0)
+    net = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1)
+    step = plain_step(net, DiceCELoss(sigmoid=True), 1e-3)
+    window = SliceInferer(roi_size=s["crop"], sw_batch_size=4, spatial_dim=2)
+
+    @torch.no_grad()
+    def validate() -> float:
+        net.eval()
+        scores = [metrics.dice((window(scan["image"][None], net)[0] > 0).numpy(), (scan["label"] > 0).numpy())
+                  for scan in val_set]
+        net.train()
+        return float(np.mean(scores))
+
+    while True:
+        for batch in loader:
+            step(batch["image"].as_tensor(), batch["label"].as_tensor())
+            yield len(batch["image"]), validate
+
+
+def curve(side: Side, every: int, cap: float) -> list[tuple[float, float]]:
+    """(minutes, Dice) each time that `every` slices have been seen, until the goal is reached or `cap` minutes are."""
+    points, seconds, seen, begun = [], 0.0, 0, time.perf_counter()
+    for count, validate in side:
+        seconds, seen = seconds + time.perf_counter() - begun, seen + count
+        late = seconds > 60 * cap
+        if late or seen >= every * (len(points) + 1):
+            points.append((seconds / 60, validate()))
+            print(f"   {points[-1][0]:6.1f} minutes, Dice {points[-1][1]:.4f}", flush=True)
+            if late or points[-1][1] >= GOAL:
+                break
+        begun = time.perf_counter()
+    return points
+
+
+def our_curve(s: dict, folder: str) -> list[tuple[float, float]]:
+    """(minutes, Dice) of each epoch of the five-minute command."""
+    begun = time.perf_counter()
+    words = [*accuracy.flags(accuracy.arguments("short")), *s["ours"]]
+    log = train.train(train.parse_args(["--data", str(s["data"]), "--cache", f"{folder}/arrays", "--out",
+                                        f"{folder}/run", "--tensorboard", folder, *words]))["log"]
+    epochs = [row["system/seconds"] for row in log]
+    # What is neither training nor validation, such as the reading, counts before the first epoch.
+    rest = time.perf_counter() - begun - sum(epochs) - sum(row["system/validation_seconds"] for row in log)
+    trained = list(itertools.accumulate(epochs, initial=rest))[1:]
+    return [(seconds / 60, row["val/dice"]) for seconds, row in zip(trained, log, strict=True)]
+
+
+def race(s: dict) -> dict[str, list[tuple[float, float]]]:
+    """The curves of the three, one after the other. `s`: see speed.py."""
+    workers = train.parse_args(["--data", ""]).workers
+    with tempfile.TemporaryDirectory() as folder:
+        return {"ours": our_curve(s, folder),
+                "MONAI": curve(monai_side(s, folder, workers), s["every"], s["cap"]),
+                "plain form": curve(plain_side(s, folder, workers), s["every"], s["cap"])}
