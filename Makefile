@@ -26,7 +26,9 @@ docs: demo
 	cp $(RUN)/movie.gif docs/movie.gif
 
 tour: .venv/installed-dev
-	$(BIN)/jupytext --to ipynb --execute --output tour.ipynb tour.py
+	rm -rf runs/tour
+	$(BIN)/jupytext --quiet --to ipynb --output tour.ipynb tour.py
+	$(BIN)/jupyter execute --inplace tour.ipynb
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

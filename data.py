@@ -295,7 +295,8 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
     if off:
         warnings.warn(f"{path}: the affine differs from its scan's by {off:.1e} mm; the scan's is used", stacklevel=2)
     values = np.unique(array)
-    rounding = float(np.abs(values - np.rint(values)).max())  # nan passes no comparison
+    with np.errstate(invalid="ignore"):  # inf - inf is nan, which passes no comparison
+        rounding = float(np.abs(values - np.rint(values)).max())
     whole = rounding <= 0.01 and values[0] > -0.5
     require(whole, f"{path}: values are {listed(values)}; expected whole numbers from 0 (0 is background)")
     if rounding:
@@ -352,6 +353,8 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict) -> np.nda
     low, high = float(array.min()), float(array.max())
     share = "more than 99 % of the voxels are" if how["normalise"] == "percentile" else "every voxel is"
     require(low < high, f"{share} {low:g}; remove this scan, or try --normalise zscore")
+    # Beyond these the squares of float32 vanish, or are infinite.
+    require(1e-10 < high - low < 1e10, f"voxels are {low:g} to {high:g}; scale them to about 0 to 1000")
     if how["normalise"] == "minmax":
         return ((array - low) / (high - low)).astype(np.float16)
     array = array - float(array.mean(dtype=float))  # a Python float: numpy's own would make the array float64
@@ -603,7 +606,7 @@ def slice_axis(spacing: Sequence[float]) -> int:
 
 
 def inspect(pair: Pair, label: Sequence[int] | None = None) -> tuple[str, list[str]]:
-    """One scan and its label: a line for the table of `main`, and a line for each problem."""
+    """One scan and its label: a line for the table of `check`, and a line for each problem."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -623,22 +626,42 @@ def inspect(pair: Pair, label: Sequence[int] | None = None) -> tuple[str, list[s
             f"foreground {mask.mean():.2%} in {slices} slices"), problems
 
 
+def check(root: str | Path, label: Sequence[int] | None = None) -> None:
+    """Print what is in a data set. Raises DataError with a line for each problem."""
+    pairs, problems = match_files(root)
+    for pair in pairs:
+        line, found = inspect(pair, label)
+        print(line, flush=True)
+        problems += found
+    print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
+    require(not problems, "\n".join(problems))
+
+
+def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
+    """Call `function(*args)` for a command line, and return the exit code: 0, 2 for a DataError, 130 for Ctrl-C.
+
+    Warnings and errors are one line each, and a name that the terminal cannot print ends nothing.
+    """
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        function(*args)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a data set: what is in it, and every problem with its file.")
     parser.add_argument("data", help="folder with imagesTr/ and labelsTr/, or images/ and labels/")
     parser.add_argument("--label", type=int, nargs="+", help="label values that are foreground (default: all but 0)")
     args = parser.parse_args(argv)
-    try:
-        pairs, problems = match_files(args.data)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for pair in pairs:
-        line, found = inspect(pair, args.label)
-        print(line, flush=True)
-        problems += found
-    print(f"{len(pairs)} pairs, {len(problems)} problems", *problems, sep="\n")
-    return 2 if problems else 0
+    return run_command(check, args.data, args.label)
 
 
 if __name__ == "__main__":

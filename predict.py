@@ -19,7 +19,6 @@ import gzip
 import itertools
 import math
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,8 +92,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         version, *_ = (checkpoint[key] for key in ("version", "model", "network", "preprocess", "split"))
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
-        reason = data.first_line(error)
-        raise DataError(f"{path}: cannot be loaded as a checkpoint ({reason}); give a last.pt of train.py") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "damaged, or no checkpoint of train.py"
+        raise DataError(f"{path}: {reason}; give the last.pt or best.pt of a run") from None
     require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew")
     return checkpoint
 
@@ -205,44 +204,6 @@ def predict_scan(path: Path, net: UNet, how: dict, precision: torch.dtype, batch
     return scan, data.undo_preprocess(probability, scan.array.shape, how)
 
 
-def predict(args: argparse.Namespace) -> list[dict]:
-    """Predict every scan of `args.scans`; returns a row for each: name, mask, and its scores where there is a label."""
-    device = pick_device(args.device)
-    checkpoint, precision = load_checkpoint(args.checkpoint), pick_precision(args.precision, device)
-    net, how, split = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"], checkpoint["split"]
-    keep_freed_memory()
-
-    scans = find_scans(args.scans, labelled=bool(args.labels or args.held_out))
-    if args.held_out:
-        scans = {name: path for name, path in scans.items() if name in split["val"]}
-        require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
-    labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
-    unlabelled = ", ".join(sorted(scans.keys() - labels.keys()))
-    require(not (labels and unlabelled), f"{args.labels}: no label for {unlabelled}; they are matched by name")
-    if labels and (seen := scans.keys() & split["train"]):
-        print(f"note: {len(seen)} of {len(scans)} scans have names that the network was trained on; "
-              "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
-    targets = {name: Path(args.out, f"{name}.nii{path.suffix.lower().removeprefix('.nii')}")
-               for name, path in scans.items()}
-    inputs = {path.resolve() for path in (*scans.values(), *labels.values())}
-    for name, path in scans.items():  # All is looked at before the first mask is written.
-        data.open_nifti(path)
-        mine = targets[name].resolve() not in inputs
-        require(mine, f"{targets[name]}: the mask would overwrite a scan or a label; choose another --out")
-
-    rows: list[dict] = []
-    for name, path in tqdm(scans.items(), "predicting", unit=" scans", disable=None):
-        scan, probability = predict_scan(path, net, how, precision, args.batch_size)
-        mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5
-        write_on_scan_grid(targets[name], mask.astype(np.uint8), scan)
-        rows.append({"name": name, "mask": str(targets[name])})
-        if labels:
-            rows[-1] |= score(mask, data.read_mask(labels[name], scan, how["label"]) > 0, scan.spacing)
-    if labels:
-        data.write_csv(Path(args.out, "scores.csv"), rows)
-    return rows
-
-
 def summarise(rows: Sequence[dict]) -> str:
     """Scores as text: a line for each scan, the worst first, then mean, standard deviation and worst over the scans.
 
@@ -265,6 +226,47 @@ def summarise(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def predict(args: argparse.Namespace) -> list[dict]:
+    """Predict every scan of `args.scans`; returns a row for each: name, mask, and its scores where there is a label."""
+    device = pick_device(args.device)
+    checkpoint, precision = load_checkpoint(args.checkpoint), pick_precision(args.precision, device)
+    net, how, split = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"], checkpoint["split"]
+    keep_freed_memory()
+
+    scans = find_scans(args.scans, labelled=bool(args.labels or args.held_out))
+    if args.held_out:
+        scans = {name: path for name, path in scans.items() if name in split["val"]}
+        require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
+    labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
+    unlabelled = ", ".join(sorted(scans.keys() - labels.keys()))
+    require(not (labels and unlabelled), f"{args.labels}: no label for {unlabelled}; they are matched by name")
+    if labels and (seen := scans.keys() & split["train"]):
+        print(f"note: {len(seen)} of {len(scans)} scans have names that the network was trained on; "
+              "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
+    targets = {name: Path(args.out, f"{name}.nii{path.suffix.lower().removeprefix('.nii')}")
+               for name, path in scans.items()}
+    inputs = {path.resolve() for path in (*scans.values(), *labels.values())}
+    for name, path in scans.items():  # All is looked at before the first mask is written.
+        for file in (path, labels.get(name, path)):
+            data.open_nifti(file)
+        mine = targets[name].resolve() not in inputs
+        require(mine, f"{targets[name]}: the mask would overwrite a scan or a label; choose another --out")
+
+    rows: list[dict] = []
+    for name, path in tqdm(scans.items(), "predicting", unit=" scans", disable=None):
+        scan, probability = predict_scan(path, net, how, precision, args.batch_size)
+        mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5
+        rows.append({"name": name, "mask": str(targets[name])})
+        if labels:  # first: of a broken label, no mask
+            rows[-1] |= score(mask, data.read_mask(labels[name], scan, how["label"]) > 0, scan.spacing)
+        write_on_scan_grid(targets[name], mask.astype(np.uint8), scan)
+    print(f"{len(rows)} masks in {args.out}")
+    if labels:
+        data.write_csv(Path(args.out, "scores.csv"), rows)
+        print(f"{summarise(rows)}\n{args.out}/scores.csv")
+    return rows
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write masks for scans, and score them if labels are given.")
     add = parser.add_argument
@@ -284,20 +286,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-    try:
-        rows = predict(args)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the masks written so far are whole", file=sys.stderr)
-        return 130
-    print(f"{len(rows)} masks in {args.out}")
-    if args.labels:
-        print(f"{summarise(rows)}\n{args.out}/scores.csv")
-    return 0
+    return data.run_command(predict, parse_args(argv), stopped="stopped; the masks written so far are whole")
 
 
 if __name__ == "__main__":

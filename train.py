@@ -26,7 +26,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -338,7 +337,6 @@ def prepare(args: argparse.Namespace) -> Run:
             torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     precision = predict.pick_precision(args.precision, device)                          # Trainer(precision=)
-    torch.backends.cudnn.benchmark = True                                               # Trainer(benchmark=)
     predict.keep_freed_memory()
 
     train_scans, val_scans, split, how = load_data(args)                                # DataModule.setup
@@ -381,6 +379,7 @@ def prepare(args: argparse.Namespace) -> Run:
     loss_function = LOSSES[args.loss](**{"reduce": all_reduce} if world_size > 1 and args.loss != "bce" else {})
     recipe = {"version": predict.VERSION, "network": network, "preprocess": how, "split": split, "args": vars(args)}
     saved = find_checkpoint(args, recipe, device)                                       # Trainer.fit(ckpt_path=)
+    require(not Path(args.tensorboard).is_file(), f"--tensorboard {args.tensorboard}: is a file; name a folder")
     out = [claim_folder(args) if rank == 0 else None]
     if world_size > 1:
         dist.broadcast_object_list(out)
@@ -392,9 +391,6 @@ def prepare(args: argparse.Namespace) -> Run:
     print0(f"run        {out[0]}, {args.engine}, {'goes on' if saved else 'new'}; TensorBoard: {args.tensorboard}")
     return Run(args, out[0], rank, world_size, device, precision, recipe, val_scans[rank::world_size], train_set,
                loader, batches, steps, net, optimizer, loss_function, saved)
-
-
-# ----    return run
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -465,6 +461,8 @@ def fit_loop(run: Run) -> None:
         best = not rows or log[-1]["val/dice"] > max((row["val/dice"] for row in log[:-1]), default=-1)
         for name in ["best.pt"] * best + ["last.pt"]:  # --resume reads last.pt, so it comes last
             data.write_atomically(run.out / name, buffer.getbuffer())
+    if run.rank == 0:
+        writer.close()                                                                  # teardown
 
 
 # --------------------------------------------------------------------------------------------------- its Lightning twin
@@ -560,9 +558,14 @@ def train(args: argparse.Namespace) -> dict:
     """
     started = time.perf_counter()
     try:
-        run = prepare(args)
-        if not run.saved or len(run.saved["log"]) < args.epochs:
-            {"loop": fit_loop, "lightning": fit_lightning}[args.engine](run)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):                  # Trainer(benchmark=)
+            run = prepare(args)
+            if not run.saved or len(run.saved["log"]) < args.epochs:
+                {"loop": fit_loop, "lightning": fit_lightning}[args.engine](run)
+        if run.world_size > 1:
+            dist.barrier()  # until the first process has saved
+    except torch.cuda.OutOfMemoryError:
+        raise DataError(f"out of GPU memory; lower --batch-size {args.batch_size} or --size") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -579,24 +582,8 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot print
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-    try:
-        train(args)
-    except DataError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(error, file=sys.stderr)
-        return 2
-    except torch.cuda.OutOfMemoryError:
-        print(f"out of GPU memory; lower --batch-size {args.batch_size} or --size", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
-        print("\nstopped; to go on from the last finished epoch, repeat the command with --out and --resume",
-              file=sys.stderr)
-        return 130
-    return 0
+    again = "stopped; to go on from the last finished epoch, repeat the command with --out and --resume"
+    return data.run_command(train, parse_args(argv), stopped=again)
 
 
 if __name__ == "__main__":

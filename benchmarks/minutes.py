@@ -18,7 +18,6 @@ from pathlib import Path
 import accuracy
 import numpy as np
 import torch
-from record import ROOT  # makes the files of the project importable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +27,6 @@ import train
 from losses import DiceLoss
 from unet import UNet
 
-SCRATCH = ROOT / "cache" / "speed"  # what the benchmarks keep from call to call
 GOAL = 0.90
 Side = Iterator[tuple[int, Callable[[], float]]]  # after each step: how many slices it saw, and how to validate
 

@@ -33,8 +33,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from minutes import GOAL, SCRATCH, PlainSlices, plain_step, race
-from record import RESULTS, commit, hardware
+from minutes import GOAL, PlainSlices, plain_step, race
+from record import RESULTS, ROOT, commit, hardware
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,11 +46,13 @@ import train
 from losses import DiceLoss
 from unet import UNet
 
+SCRATCH = ROOT / "cache" / "speed"  # synthetic scans, and their cache, kept from call to call
 HOW = {"axis": 2, "label": None, "spacing": [None] * 3, "crop": 0, "normalise": "percentile", "size": (1, 1)}
+DEFAULT = {name: getattr(train.parse_args(["--data", ""]), name) for name in ("width", "depth", "stem")}
 # `networks`: the first recipe's, the default, the classical one. --quick shrinks all, for a test to run every row.
 FULL = {"repeats": 5, "size": (192, 160), "batch": 8, "slices": 160, "volume": (110, 320, 320), "scans": (10, 100),
         "shape": (64, 128, 128), "large": (200, 512, 512), "crop": (96, 96), "every": 1408, "ours": [], "plain": [],
-        "networks": ({"width": 64, "norm": "none"}, {"width": 32, "stem": 2}, {"width": 16, "depth": 4})}
+        "networks": ({"width": 64, "norm": "none"}, DEFAULT, {"width": 16, "depth": 4})}
 QUICK = {"repeats": 1, "size": (32, 32), "batch": 2, "slices": 8, "volume": (4, 32, 32), "scans": (1, 2),
          "shape": (8, 32, 32), "large": (8, 32, 32), "crop": (32, 32), "every": 8,
          "ours": ["--epochs", "1", "--limit-batches", "2", "--width", "4"], "plain": ["--crop", "0"],

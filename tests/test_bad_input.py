@@ -152,8 +152,6 @@ REFUSED = [
     ("labels that are all named otherwise", lambda: [rename(n, f"{n}_seg.nii.gz", ["labelsTr"])() for n in "abc"],
      "train, data", "set/labelsTr; a_seg, b_seg, c_seg; no file of; name"),
     ("two scans of one name", both(scan(nifti(SCAN), "a.nii")), "train, data, predict", "a.nii.gz; same name; rename"),
-    ("a name that is no text", rename("a", b"a\xff.nii.gz".decode(errors="surrogateescape")), "train, data, score",
-     "a\\udcff.nii.gz; rename"),
     # -- files that are no scan
     ("truncated .gz", lambda: os.truncate("set/imagesTr/a.nii.gz", 700), ALL, "a.nii.gz; copy it again"),
     ("gz of garbage", scan(gzip.compress(b"garbage" * 999)), ALL, "a.nii.gz: not a readable NIfTI file; export it"),
@@ -233,7 +231,7 @@ REFUSED = [
     ("best.pt alone in --out", file("out/best.pt"), "train", "out: holds a run; --resume; another --out"),
     ("a run that has just begun in --out", file("out/args.json"), "train", "out: holds a run; another --out"),
     ("a garbled run to resume", file("out/last.pt", b"x"), "train --resume", "out/last.pt; checkpoint; train.py"),
-    ("no checkpoint", remove("last.pt"), "predict, layers", "last.pt; No such file"),
+    ("no checkpoint", remove("last.pt"), "predict, layers", "last.pt; no such file"),
     ("checkpoint of garbage", file("last.pt", b"garbage" * 99), "predict, layers", "last.pt; checkpoint; train.py"),
     ("checkpoint cut short", lambda: os.truncate("last.pt", 999), "predict, layers", "last.pt; checkpoint; train.py"),
     ("a scan for a checkpoint", sound, "predict --checkpoint set/imagesTr/a.nii.gz", "a.nii.gz; checkpoint; train.py"),
@@ -295,8 +293,8 @@ def test_refused(plant, met_by, words, root, capsys):
     lines = err.splitlines()
     if lines and lines[0].startswith("usage:"):  # argparse says how a command is used, then what was wrong
         lines = lines[-1:]
-    if met_by.startswith("data") and not lines:  # the check prints its table, and a line for each problem
-        lines = [line for line in out.split(" problems\n")[1].splitlines() if words.split("; ")[0] in line]
+    if met_by.startswith("data"):  # the check finds all problems, a line for each
+        lines = [line for line in lines if words.split("; ")[0] in line]
     assert code == 2 and len(lines) == 1 and "Traceback" not in out + err, (out, err)
     assert not [word for word in words.split("; ") if word not in lines[0]], lines
     assert contents(root) == before
@@ -350,7 +348,8 @@ def test_the_check_finds_every_problem_and_no_other(root, capsys):
                   scan(nifti(SCAN), "d.nii.gz"), label(nifti(MASK), "e.nii.gz"), scan(nifti(SCAN * 0), "c.nii.gz")):
         plant()
     assert run("data") == 2
-    table, problems = capsys.readouterr().out.split("3 pairs, 6 problems\n")
+    table, problems = capsys.readouterr()
+    assert table.endswith("3 pairs, 6 problems\n")
     for word in ("imagesTr: d: no file", "labelsTr: e: no file", "imagesTr/a.nii.gz: not",
                  "labelsTr/b.nii.gz: no voxel", "labelsTr/c.nii.gz: the affine", "imagesTr/c.nii.gz: every voxel is 0"):
         assert sum(word in line for line in problems.splitlines()) == 1, word
@@ -368,7 +367,7 @@ def test_nothing_is_allocated_that_a_header_only_claims(root, capsys, shape, off
     codes = [run(command) for command in ("data", "predict")]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert codes == [2, 2] and capsys.readouterr().err.count("a.nii.gz: its header claims") == 1 and peak < 1e7
+    assert codes == [2, 2] and capsys.readouterr().err.count("a.nii.gz: its header claims") == 2 and peak < 1e7
 
 
 def test_a_bad_header_among_many_scans_is_told_before_the_first_mask(root):

@@ -86,6 +86,7 @@ def test_the_channel_of_nnunet_is_left_out_only_where_every_name_ends_so(files, 
 def test_split_by_patient():
     names = [f"la_{i:03}" for i in range(17)]
     parts = [data.split_scans(names[::-1], 5, fold) for fold in range(5)]
+    assert parts == [data.split_scans(names, 5, fold) for fold in range(5)]  # the order of the files does not matter
     assert sorted(name for part in parts for name in part["val"]) == names  # each scan is validated on exactly once
     for part in parts:
         assert not set(part["train"]) & set(part["val"]) and sorted(part["train"] + part["val"]) == names
@@ -390,18 +391,29 @@ def test_a_warm_cache_is_only_read(pairs, scans, tmp_path, monkeypatch):
     assert data.cache_scans(pairs, HOW, tmp_path / "cache") == scans
 
 
-def test_a_cold_cache_holds_few_scans_at_a_time(tmp_path, write_nifti, monkeypatch):
+def test_a_cold_cache_holds_few_scans_at_a_time_and_few_bytes_a_voxel(pairs, tmp_path, write_nifti, monkeypatch):
     """It held a scan a core, at 27 bytes a voxel: 2.9 GB on 16 cores."""
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        write_nifti(tmp_path / f"images/{i}.nii", rng.integers(0, 999, (64, 64, 32)).astype(np.int16))
-        write_nifti(tmp_path / f"labels/{i}.nii", rng.integers(0, 2, (64, 64, 32)).astype(np.uint8))
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    shape, rng, read, lock, running = (96, 96, 48), np.random.default_rng(0), data.read_scan, threading.Lock(), [0]
+    write_nifti(pairs[0].image, rng.integers(0, 999, shape).astype(np.int16))
+    write_nifti(pairs[0].label, rng.integers(0, 2, shape).astype(np.uint8))
     tracemalloc.start()
-    data.cache_scans(data.find_pairs(tmp_path), HOW | {"normalise": "percentile"}, tmp_path / "cache")
+    data.cache_scan(pairs[0], HOW | {"normalise": "percentile"}, tmp_path / "cache")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * 20 * 64 * 64 * 32
+    assert peak < 18 * np.prod(shape)
+
+    def slowly(*args):
+        with lock:
+            running.append(running[-1] + 1)
+        time.sleep(0.02)
+        with lock:
+            running.append(running[-1] - 1)
+        return read(*args)
+
+    monkeypatch.setattr(data, "read_scan", slowly)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    data.cache_scans([pairs[1]._replace(name=str(i)) for i in range(16)], HOW, tmp_path / "other")
+    assert 1 < max(running) <= 4
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation

@@ -1,11 +1,14 @@
 """The course notebook: it is what tour.py says, it was run, it shows its pictures, and it still runs."""
 
+import inspect
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+
+import train
 
 ROOT = Path(__file__).resolve().parents[1]
 jupytext = pytest.importorskip("jupytext", reason="jupytext is not installed; requirements-dev.txt names it")
@@ -58,6 +61,13 @@ def test_the_notebook_was_run_and_can_be_shown_anywhere():
     text = json.dumps(tour)
     assert not re.search(r"/home/|/root/|/Users/|/usr/|/tmp/|/work/|site-packages|[A-Z]:\\\\|it/s\]", text)
     assert str(ROOT) not in text
+
+
+def test_the_loop_that_it_shows_is_the_one_that_runs():
+    """After a change of train.py: `make tour`."""
+    shown = [output["data"]["text/markdown"] for cell in notebook().cells if cell.cell_type == "code"
+             for output in cell.outputs if "text/markdown" in output.get("data", {})]
+    assert shown == [f"```python\n{inspect.getsource(f)}```" for f in (train.fit_loop, train.fit_lightning)]
 
 
 def test_a_student_reads_it_in_one_sitting():
