@@ -472,8 +472,7 @@ def fit_lightning(run: Run) -> None:
     """The same by lightning.Trainer: the same objects, the stations in the same order. For comparison only."""
     try:
         import lightning
-        from lightning.pytorch.callbacks import ModelCheckpoint
-        from lightning.pytorch.loggers import TensorBoardLogger
+        from lightning.pytorch import callbacks, loggers
     except ImportError as error:
         raise DataError(f"--engine lightning: {error}; pip install lightning, or use --engine loop") from None
     args, net, log = run.args, run.net, run.saved["log"] if run.saved else []
@@ -526,8 +525,8 @@ def fit_lightning(run: Run) -> None:
                                         "scans": {row["name"]: row["dice"] for row in self.rows}}
 
     often = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = ModelCheckpoint(run.out, "best", monitor="dice", mode="max", **often)
-    last = ModelCheckpoint(run.out, "last", **often)  # `save_last=True` would save only where "best" does
+    best = callbacks.ModelCheckpoint(run.out, "best", monitor="dice", mode="max", **often)
+    last = callbacks.ModelCheckpoint(run.out, "last", **often)  # `save_last=True` would save only where "best" does
     best.FILE_EXTENSION = last.FILE_EXTENSION = ".pt"
     for part in (run.loader.sampler, run.train_set):
         part.set_epoch(len(log))  # Lightning fetches its first batches before any hook runs
@@ -537,7 +536,7 @@ def fit_lightning(run: Run) -> None:
         strategy="ddp" if run.world_size > 1 else "auto", max_epochs=args.epochs, limit_train_batches=run.batches,
         precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[run.precision],
         accumulate_grad_batches=args.accumulate, callbacks=[best, last], num_sanity_val_steps=0, benchmark=True,
-        logger=TensorBoardLogger(args.tensorboard, run.out.name, ""), use_distributed_sampler=False,
+        logger=loggers.TensorBoardLogger(args.tensorboard, run.out.name, ""), use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=sys.stderr.isatty())
     scans = DataLoader(range(len(run.val_scans)), batch_size=None)
     trainer.fit(Twin(), run.loader, scans, ckpt_path=run.out / "last.pt" if run.saved else None, weights_only=True)
