@@ -10,7 +10,7 @@ TRUTH := phantom/labelsTr/la_000.nii.gz
 
 demo: .venv/installed
 	$(BIN)/python phantom.py phantom --scans 15 --test 2
-	$(BIN)/python train.py --data phantom --width 8 --out $(RUN) --resume
+	$(BIN)/python train.py --data phantom --width 8 --batch-size 4 --epochs 12 --out $(RUN) --resume
 	$(BIN)/python predict.py phantom --checkpoint $(RUN)/last.pt --out $(RUN)/masks --labels phantom/labelsTr --held-out
 	$(BIN)/python visualize.py overlay $(SCAN) $(RUN)/masks/la_000.nii.gz $(TRUTH) --out $(RUN)/overlay.png
 	$(BIN)/python visualize.py movie $(SCAN) $(RUN)/masks/la_000.nii.gz $(TRUTH) --out $(RUN)/movie.gif
@@ -19,10 +19,8 @@ demo: .venv/installed
 	@echo "Masks: $(RUN)/masks"
 	@echo "Pictures in $(RUN): overlay.png movie.gif movie.html augment.png validation.png curves.png"
 
-# The run of the demo; layers.png of one with attention gates, so that it shows them.
 docs: demo
-	$(BIN)/python train.py --data phantom --width 8 --attention --out runs/docs --resume
-	$(BIN)/python visualize.py layers runs/docs/last.pt $(SCAN) --out docs/layers.png
+	$(BIN)/python visualize.py layers $(RUN)/last.pt $(SCAN) --out docs/layers.png
 	cp $(RUN)/movie.gif docs/movie.gif
 
 tour: .venv/installed-dev

@@ -256,7 +256,6 @@ visualize.layers(predict.load_network(result), image)
 # %%
 rows = predict.predict(predict.parse_args([str(folder), "--checkpoint", "runs/tour/first/last.pt", "--held-out",
                                            "--labels", f"{folder}/labelsTr", "--out", "runs/tour/masks"]))
-print(predict.summarise(rows))
 prediction = data.read_mask(rows[0]["mask"], scan)
 visualize.overlay(scan.array, [prediction, truth], scan.spacing)
 

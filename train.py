@@ -5,7 +5,7 @@ epoch of the highest validation Dice), log.csv, split.json, args.json, pictures;
 Validation is per scan, in the scan's own space. A checkpoint is written after every epoch. On a CPU a run is exact: one
 that was killed and resumed ends with the same weights, to the last bit, as one that was left alone.
 
-    python phantom.py phantom && python train.py --data phantom --width 8     # synthetic scans: minutes on a CPU
+    python train.py --data phantom --width 8 --batch-size 4     # what phantom.py writes: a minute on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
     python train.py --data Task02_Heart --dims 3                # patches of volumes instead of slices
