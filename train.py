@@ -3,7 +3,8 @@
 Contract: a folder of NIfTI scans and masks in (`data.py` names the layouts), a run folder out: last.pt, best.pt (the
 epoch of the highest validation Dice), log.csv, split.json, args.json, pictures; TensorBoard events under --tensorboard.
 Validation is per scan, in the scan's own space. A checkpoint is written after every epoch. On a CPU a run is exact: one
-that was killed and resumed ends with the same weights, to the last bit, as one that was left alone.
+that was killed and resumed ends with the same weights, to the last bit, as one that was left alone. The default reaches
+a Dice of about 0.91 on left atria that it was not trained on, in about an hour of one CPU core: see the README.
 
     python train.py --data phantom --width 8 --batch-size 4     # what phantom.py writes: a minute on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
@@ -436,6 +437,7 @@ def fit_loop(run: Run) -> None:
                 group["lr"] = args.lr * lr_at(step, args.epochs * run.steps, args.schedule)
             scaler.unscale_(optimizer)                                                  # configure_gradient_clipping
             norms.append(nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf))
+            # Without a scaler, on Apple's GPU, the host itself looks whether the gradient is finite.
             if scaler.is_enabled() or norms[-1].isfinite():                             # optimizer_step
                 scaler.step(optimizer)
             scaler.update(None if half else 1.0)

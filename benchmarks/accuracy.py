@@ -23,7 +23,7 @@ import record
 # Row: (the row that it changes, what it changes there, arguments of train.py, arguments of predict.py).
 # Where a change makes an epoch slower, the row has fewer epochs: rows are compared at about equal minutes.
 ROWS = {
-    "short": (None, "the five-minute run", {"width": 16, "epochs": 6}, []),
+    "short": (None, "the short run", {"epochs": 6}, []),
     "width32": ("short", "twice the width, half the epochs", {"width": 32, "epochs": 3}, []),
     "depth4": ("short", "four poolings instead of three", {"depth": 4}, []),
     "stem4": ("short", "blocks of 4 x 4 voxels instead of 2 x 2", {"stem": 4, "width": 32, "depth": 2}, []),

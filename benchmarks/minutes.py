@@ -148,7 +148,7 @@ def curve(side: Side, every: int, cap: float) -> list[tuple[float, float]]:
 
 
 def our_curve(s: dict, folder: str) -> list[tuple[float, float]]:
-    """(minutes, Dice) of each epoch of the five-minute command."""
+    """(minutes, Dice) of each epoch of the short command."""
     begun = time.perf_counter()
     words = [*accuracy.flags(accuracy.arguments("short")), *s["ours"]]
     log = train.train(train.parse_args(["--data", str(s["data"]), "--cache", f"{folder}/arrays", "--out",

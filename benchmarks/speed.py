@@ -320,7 +320,7 @@ def scoring(s: dict, device: torch.device) -> dict:
 
 
 def minutes(s: dict, device: torch.device) -> dict:
-    """Minutes of training to a validation Dice of 0.90: the five-minute command, MONAI, the plain form (--data DIR).
+    """Minutes of training to a validation Dice of 0.90: the short command, MONAI, the plain form (--data DIR).
 
     A side that does not get there within --minutes counts with those: its ratio is then a lower bound.
     """

@@ -56,13 +56,20 @@ def of(records: list[dict], key: str) -> list[float]:
     return [record["mean"][key] for record in records]
 
 
+def machine(record: dict) -> str:
+    """The GPU, or how many cores the run took of which processor."""
+    if not record["hardware"].startswith("CPU"):
+        return record["hardware"]
+    return f"{record['threads']} core{'s' * (record['threads'] > 1)} of {record['hardware'].split(', ', 2)[-1]}"
+
+
 def expect() -> str:
     """For the front page: what the commands reach that one types first."""
     rows = []
     for row in ("short", "default", "volume"):
         if records := runs(row):
             words = shlex.join(accuracy.flags(accuracy.arguments(row)))
-            on = {f"CPU, {r['threads']} cores" if r["hardware"].startswith("CPU") else r["hardware"] for r in records}
+            on = {machine(record) for record in records}
             rows.append([f"`{f'python train.py --data DIR {words}'.strip()}`", "; ".join(sorted(on)),
                          f"{np.mean([record['minutes'] for record in records]):.0f}", spread(of(records, "dice")),
                          f"{min(record['worst_dice'] for record in records):.3f}", spread(of(records, "hd95"), 1),

@@ -157,14 +157,14 @@ def test_tables_are_of_what_there_is(tmp_path, monkeypatch, capsys):
     for name, dice in {"seed0": 0.90, "seed1": 0.91, "seed2": 0.92, **others}.items():
         scores = {"dice": dice, "jaccard": 0.8, "hd95": 3.0, "assd": 1.0, "hd95_voxels": 5.0, "assd_voxels": 1.5}
         content = {"mean": scores, "scores": [scores] * 16, "worst_dice": dice, "parameters": 5e5, "log": [{}] * 6,
-                   "minutes": 5.0, "threads": 2, "hardware": "CPU, 2 cores"}
+                   "minutes": 5.0, "threads": 2, "hardware": "CPU, 2 cores, X, AVX2"}
         (tmp_path / "results" / "ladder" / f"short_{name}.json").write_text(json.dumps(content))
     table.main(write=True, root=tmp_path)
     front, page = ((tmp_path / name).read_text() for name in table.TABLES)
-    words = "`python train.py --data DIR --width 16 --epochs 6`"
-    assert f"| {words} | CPU, 2 cores | 5 | 0.9100 ± 0.0100 | 0.900 |" in front
+    words = "`python train.py --data DIR --epochs 6`"
+    assert f"| {words} | 2 cores of X, AVX2 | 5 | 0.9100 ± 0.0100 | 0.900 |" in front
     assert "[`unet.py`](unet.py)" in front
-    assert "the five-minute run: `--width 16 --epochs 6` | 0.9100 ± 0.0100 | 0.9000 |" in page
+    assert "the short run: `--epochs 6` | 0.9100 ± 0.0100 | 0.9000 |" in page
     assert "| `short` | 80 | 0.9000 ± 0.0000 |" in page and "| N | 90.00 |" in page
     table.main(write=True, root=tmp_path)
     assert [(tmp_path / name).read_text() for name in table.TABLES] == [front, page]
