@@ -605,34 +605,28 @@ def slice_axis(spacing: Sequence[float]) -> int:
     return max(range(3), key=lambda axis: (spacing[axis], axis))
 
 
-def inspect(pair: Pair, label: Sequence[int] | None = None) -> tuple[str, list[str]]:
-    """One scan and its label: a line for the table of `check`, and a line for each problem."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            scan = read_scan(pair.image)
-            mask = read_mask(pair.label, scan, label)
-        except DataError as error:
-            return f"{pair.name:20} cannot be used", [str(error)]
-    problems = [str(warning.message) for warning in told]
-    low, high = float(scan.array.min()), float(scan.array.max())
-    if low == high:
-        problems.append(f"{pair.image}: every voxel is {low:g}; there is nothing to see in this scan")
-    if not mask.any():
-        problems.append(f"{pair.label}: no voxel is foreground; check --label, or remove the scan")
-    shape, spacing = (" x ".join(f"{n:.3g}" for n in numbers) for numbers in (mask.shape, scan.spacing))
-    axes, slices = "".join(nib.aff2axcodes(scan.source.affine)), np.count_nonzero(mask.any(axis=(1, 2)))
-    return (f"{pair.name:20} {shape:>15} voxels of {spacing:>20} mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, "
-            f"foreground {mask.mean():.2%} in {slices} slices"), problems
-
-
 def check(root: str | Path, label: Sequence[int] | None = None) -> None:
-    """Print what is in a data set. Raises DataError with a line for each problem."""
+    """Print what is in a data set, a line for each scan. Raises DataError with a line for each problem."""
     pairs, problems = match_files(root)
     for pair in pairs:
-        line, found = inspect(pair, label)
-        print(line, flush=True)
-        problems += found
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                scan = read_scan(pair.image)
+                mask = read_mask(pair.label, scan, label)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+        problems += [str(warning.message) for warning in told]
+        low, high = float(scan.array.min()), float(scan.array.max())
+        if low == high:
+            problems.append(f"{pair.image}: every voxel is {low:g}; there is nothing to see in this scan")
+        if not mask.any():
+            problems.append(f"{pair.label}: no voxel is foreground; check --label, or remove the scan")
+        shape, spacing = (" x ".join(f"{n:.3g}" for n in numbers) for numbers in (mask.shape, scan.spacing))
+        axes, slices = "".join(nib.aff2axcodes(scan.source.affine)), np.count_nonzero(mask.any(axis=(1, 2)))
+        print(f"{pair.name:20} {shape:>15} voxels of {spacing:>20} mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, "
+              f"foreground {mask.mean():.2%} in {slices} slices", flush=True)
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
     require(not problems, "\n".join(problems))
 

@@ -21,7 +21,7 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (375, set()),
+    "data": (372, set()),
     "predict": (190, {"data", "metrics", "unet"}),
     "train": (435, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (295, {"data", "predict"}),
