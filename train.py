@@ -410,7 +410,8 @@ def fit_loop(run: Run) -> None:
             part.load_state_dict(run.saved[name])
     forward = torch.compile(net) if args.compile else net  # `net` keeps the plain names for the checkpoint
     if run.world_size > 1:
-        forward = nn.parallel.DistributedDataParallel(forward)                          # Trainer(strategy="ddp")
+        # Buffers stay each process's own: SyncBatchNorm keeps them equal, and Lightning validates through this, too.
+        forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False) # Trainer(strategy="ddp")
     if run.rank == 0:                                                                   # Trainer(logger=)
         writer = SummaryWriter(Path(args.tensorboard, run.out.name), purge_step=len(log) + 1)
 
@@ -474,7 +475,7 @@ def fit_lightning(run: Run) -> None:
     """The same by lightning.Trainer: the same objects, the stations in the same order. For comparison only."""
     try:
         import lightning
-        from lightning.pytorch import callbacks, loggers
+        from lightning.pytorch import callbacks, loggers, strategies
     except ImportError as error:
         raise DataError(f"--engine lightning: {error}; pip install lightning, or use --engine loop") from None
     args, net, log = run.args, run.net, run.saved["log"] if run.saved else []
@@ -534,12 +535,12 @@ def fit_lightning(run: Run) -> None:
         part.set_epoch(len(log))  # Lightning fetches its first batches before any hook runs
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # Lightning finds torchrun's processes by itself
     trainer = lightning.Trainer(
-        accelerator=run.device.type, devices=local, num_nodes=run.world_size // local,
-        strategy="ddp" if run.world_size > 1 else "auto", max_epochs=args.epochs, limit_train_batches=run.batches,
+        accelerator=run.device.type, devices=local, num_nodes=run.world_size // local, max_epochs=args.epochs,
+        strategy=strategies.DDPStrategy(broadcast_buffers=False) if run.world_size > 1 else "auto", benchmark=True,
         precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[run.precision],
-        accumulate_grad_batches=args.accumulate, callbacks=[best, last], num_sanity_val_steps=0, benchmark=True,
-        logger=loggers.TensorBoardLogger(args.tensorboard, run.out.name, ""), use_distributed_sampler=False,
-        enable_model_summary=False, enable_progress_bar=sys.stderr.isatty())
+        logger=loggers.TensorBoardLogger(args.tensorboard, run.out.name, ""), callbacks=[best, last],
+        limit_train_batches=run.batches, accumulate_grad_batches=args.accumulate, use_distributed_sampler=False,
+        num_sanity_val_steps=0, enable_model_summary=False, enable_progress_bar=sys.stderr.isatty())
     scans = DataLoader(range(len(run.val_scans)), batch_size=None)
     trainer.fit(Twin(), run.loader, scans, ckpt_path=run.out / "last.pt" if run.saved else None, weights_only=True)
 

@@ -103,7 +103,8 @@ def test_torchrun_runs_the_real_command(quick, tmp_path):
 
 
 def test_more_processes_than_scans_to_validate(quick, tmp_path):
-    common = [*quick, "--norm", "none", "--folds", "6", "--epochs", "1"]
+    # Batch norm: its buffers were once broadcast in Lightning's validation, where the others waited for ever.
+    common = [*quick, "--folds", "6", "--epochs", "1"]
     jobs = [[*common, "--engine", engine, "--out", str(tmp_path / engine)] for engine in ("loop", "lightning")]
     assert processes(2, jobs, tmp_path / "shown") == [0, 0], (tmp_path / "shown1").read_text()
     assert not differ(tmp_path / "loop", tmp_path / "lightning")
