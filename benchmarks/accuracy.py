@@ -35,8 +35,11 @@ ROWS = {
     "default": (None, "no flag", {}, []),
     "default32": ("default", "twice the width, half the epochs", {"width": 32, "epochs": 8}, []),
     "component": ("default", "largest component only", {}, ["--largest-component"]),
-    "volume": (None, "3D at full resolution, with the stem", {"dims": 3}, []),
-    "volume_coarse": ("volume", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1}, []),
+    "volume": (None, "3D at full resolution, blocks of 4 x 4 x 4 voxels", {
+        "dims": 3, "stem": 4, "width": 32, "depth": 2, "epochs": 36}, []),
+    "volume_component": ("volume", "largest component only", {}, ["--largest-component"]),
+    "volume_stem2": ("volume", "blocks of 2 x 2 x 2 voxels", {"stem": 2, "width": 16, "depth": 3, "epochs": 18}, []),
+    "volume_coarse": ("volume", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1, "width": 16, "depth": 3}, []),
     # The recipe that this project started from (see train.py), for about as long as the default takes.
     "seed": (None, "the first recipe: no norm, Dice loss, Adam 1e-4", {
         "width": 64, "depth": 3, "stem": 1, "norm": "none", "loss": "dice", "lr": 1e-4, "schedule": "constant",
