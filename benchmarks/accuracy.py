@@ -39,7 +39,7 @@ ROWS = {
         "dims": 3, "stem": 4, "width": 32, "depth": 2, "epochs": 36}, []),
     "volume_component": ("volume", "largest component only", {}, ["--largest-component"]),
     "volume_stem2": ("volume", "blocks of 2 x 2 x 2 voxels", {"stem": 2, "width": 16, "depth": 3, "epochs": 18}, []),
-    "volume_coarse": ("volume", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1, "width": 16, "depth": 3}, []),
+    "volume_coarse": ("volume_stem2", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1}, []),
     # The recipe that this project started from (see train.py), for about as long as the default takes.
     "seed": (None, "the first recipe: no norm, Dice loss, Adam 1e-4", {
         "width": 64, "depth": 3, "stem": 1, "norm": "none", "loss": "dice", "lr": 1e-4, "schedule": "constant",
