@@ -9,7 +9,7 @@ TRUTH := phantom/labelsTr/la_000.nii.gz
 .PHONY: demo docs tour test clean
 
 demo: .venv/installed
-	$(BIN)/python phantom.py phantom --scans 15 --test 2
+	$(BIN)/python phantom.py phantom --scans 15
 	$(BIN)/python train.py --data phantom --width 8 --batch-size 4 --epochs 12 --out $(RUN) --resume
 	$(BIN)/python predict.py phantom --checkpoint $(RUN)/last.pt --out $(RUN)/masks --labels phantom/labelsTr --held-out
 	$(BIN)/python visualize.py overlay $(SCAN) $(RUN)/masks/la_000.nii.gz $(TRUTH) --out $(RUN)/overlay.png
@@ -42,5 +42,6 @@ test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+# Runs, logs and masks of your own stay.
 clean:
-	rm -rf runs logs cache masks phantom
+	rm -rf $(RUN) runs/tour cache phantom

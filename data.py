@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -393,9 +393,9 @@ class CachedScan(NamedTuple):
         return open_array(self.folder / f"{kind}.npy")
 
 
-@cache
+@lru_cache(128)  # each holds a file descriptor, of which a process has 256 on some systems
 def open_array(path: Path) -> np.ndarray:
-    """A .npy file mapped into memory: pages are read when touched, and shared by all processes. Opened once in each."""
+    """A .npy file mapped into memory: pages are read when touched, and shared by all processes."""
     return np.load(path, mmap_mode="r")
 
 
@@ -565,8 +565,8 @@ class SliceDataset(Dataset):
 class PatchDataset(SliceDataset):
     """Augmented random patches of cached scans; `dataset[i]` is image and mask, float32 (1, D, H, W).
 
-    An epoch draws as many patches from a scan as it takes to see about all of its voxels. Where a patch lies depends on
-    (seed, epoch, index), like its augmentation.
+    An epoch draws as many patches from a scan as would tile it; they lie at random, so some overlap. Where a patch lies
+    depends on (seed, epoch, index), like its augmentation.
 
     Args:
         size: (D, H, W) of a patch; a smaller scan is padded.
@@ -585,7 +585,8 @@ class PatchDataset(SliceDataset):
         image, mask = scan.open("image"), scan.open("mask")
         room = np.maximum(np.subtract(mask.shape, self.size), 0)  # the last place where a patch can begin
         start = rng.integers(room + 1)
-        if rng.random() < self.foreground and len(organ := np.flatnonzero(mask)):
+        # As bool, of which numpy finds what is not 0 ten times as fast as of uint8.
+        if rng.random() < self.foreground and len(organ := np.flatnonzero(mask.view(bool))):
             centre = np.unravel_index(rng.choice(organ), mask.shape)
             start = np.clip(np.array(centre) - np.array(self.size) // 2, 0, room)
         patch = tuple(map(slice, start, start + self.size))

@@ -119,7 +119,7 @@ def predict_batch(net: UNet, images: np.ndarray, precision: torch.dtype = torch.
         return net.predict(x)[:, 0].cpu().numpy()
 
 
-def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] = (1, 1),
+def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None = None,
                    precision: torch.dtype = torch.float32, batch_size: int = 16) -> np.ndarray:
     """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), on the host: the GPU holds one batch of it.
 
@@ -127,6 +127,7 @@ def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] = (1, 1
     padded to it as they were there, and cropped back: a network with batch norm is used to the padding, and loses Dice
     without it. Larger ones stay whole. In 3D a window of `size`, the (D, H, W) of training, moves over the volume.
     """
+    size = size or volume.shape[-net.dims :]
     padded = crop_or_pad(volume, np.maximum(volume.shape[-len(size) :], size))
     if net.dims == 3:
         probability = sliding_window(lambda windows: predict_batch(net, windows, precision), padded, size)
@@ -171,7 +172,6 @@ def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
     source = scan.source
     image = type(source)(scan.restore(array), source.affine, source.header)
     image.set_data_dtype(array.dtype)
-    image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's display window would hide a mask of 0 and 1
     content = image.to_bytes()
     if path.suffix == ".gz":
@@ -201,7 +201,7 @@ def predict_scan(path: Path, net: UNet, how: dict, precision: torch.dtype, batch
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except torch.cuda.OutOfMemoryError:
-        raise DataError(f"{path}: out of GPU memory; lower --batch-size {batch_size}") from None
+        raise DataError(f"{path}: out of GPU memory; lower --batch-size {batch_size}, or --device cpu") from None
     return scan, data.undo_preprocess(probability, scan.array.shape, how)
 
 
@@ -209,7 +209,7 @@ def summarise(rows: Sequence[dict]) -> str:
     """Scores as text: a line for each scan, the worst first, then mean, standard deviation and worst over the scans.
 
     A row has `name`, `dice`, and what else of `metrics.score` there is. Of a distance the mean is over the scans where
-    both masks have voxels; the others are counted.
+    it is finite; the others are counted.
     """
     shown = [name for name in ("dice", "jaccard", "hd95", "assd") if name in rows[0]]
     wide = max(len("scan"), *(len(row["name"]) for row in rows))
@@ -277,7 +277,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--labels", metavar="DIR", help="label files of the same names: scores.csv and a summary")
     add("--held-out", action="store_true", help="only the scans that the run kept for validation")
     add("--largest-component", action="store_true", help="keep the largest connected part only")
-    add("--batch-size", type=int, default=16, metavar="N", help="slices at a time (default %(default)s)")
+    add("--batch-size", type=int, default=16, metavar="N", help="slices at a time, in 2D (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     args = parser.parse_args(argv)

@@ -193,7 +193,7 @@ for name, logits in {"exact": [99, 99, -99, -99], "half": [99, -99, -99, -99], "
 # After each eight it changes its numbers a little, so that the loss goes down. After each epoch it marks the scans of
 # the validation patients, and we compare.
 #
-# While it runs, read its lines. *Organ 1.9% of 1.6%* means: it marked 1.9% of the voxels, and 1.6% are right.
+# While it runs, read its lines. *Organ 1.9% of 1.6%* means: it marked 1.9% of the voxels, and 1.6% are organ.
 
 # %%
 result = train.train(args)

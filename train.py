@@ -85,8 +85,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--fold", default="0", metavar="K", help="the part to validate on, from 0; `all`: train on every scan")
     add("--normalise", default="percentile", choices=("zscore", "percentile", "minmax"), help="of each scan")
     add("--crop", type=number(0), default=0, metavar="N", help="pixels to cut off each border of a slice")
-    add("--spacing", type=share(0.05, 20), metavar="MM", help="resample pixels, in 3D voxels; None: the median, where "
-        "a scan is far off")
+    add("--spacing", type=share(0.05, 20), metavar="MM", help="resample pixels, in 3D voxels, of scans that are more "
+        "than 15 %% off; None: the median")
     add("--size", "--patch", type=positive, nargs="+", metavar="N", help="H W of training slices, D H W of patches; "
         "None: the median of the scans, in 3D at most 80 128 128")
     add("--augment", default="full", choices=("none", "geometry", "full"), help="see data.py")
@@ -210,6 +210,12 @@ def check_finite(run: Run, epoch: int, norms: Tensor) -> None:
     require(finite and 2 * skipped <= len(norms), told + "lower --lr, use --precision fp32, or look at the data")
 
 
+def share_buffers(run: Run) -> None:
+    """Give all processes the running means of the first, which it saves, so that all validate the same network."""
+    for buffer in run.net.buffers() if run.world_size > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
 def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], started: float,
             trained: float) -> dict[str, float]:
     """An epoch as a row of log.csv and of TensorBoard; `started` and `trained` are times, in s.
@@ -217,7 +223,8 @@ def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], s
     A step with a non-finite gradient was not taken; it is counted, and left out of the means. Each scan counts the same
     in the Dice. The foreground is the share of the voxels that is organ, and that was called organ.
     """
-    args, loss, norms = run.args, torch.stack(losses).nanmean(), torch.stack(norms)
+    args, losses, norms = run.args, torch.stack(losses), torch.stack(norms)
+    loss = losses[losses.isfinite()].mean()
     if dist.is_initialized():
         dist.all_reduce(loss)  # of each process's share of the batches
     scores = np.array([row["dice"] for row in rows] or [math.nan])
@@ -351,26 +358,20 @@ def prepare(args: argparse.Namespace) -> Run:
     train_set = {2: data.SliceDataset, 3: data.PatchDataset}[args.dims](train_scans, size, **options)
     shared = args.batch_size % world_size == 0
     require(shared, f"--batch-size {args.batch_size}: {world_size} processes share it; choose a multiple")
+    whole = len(train_set) >= args.batch_size  # all batches are: the rest of the order is left out
     loader = DataLoader(                                                                # train_dataloader
         train_set, args.batch_size // world_size, num_workers=args.workers, persistent_workers=args.workers > 0,
         # The order depends on (seed, epoch) alone; of each batch, every process takes its share.
-        sampler=DistributedSampler(train_set, world_size, rank, seed=args.seed),
-        drop_last=len(train_set) >= args.batch_size, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
-    )
+        sampler=DistributedSampler(train_set, world_size, rank, seed=args.seed, drop_last=whole), drop_last=whole,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt)
     print0(f"data       {len(train_scans)} scans to train on, {len(val_scans)} to validate on; {len(train_set)} "
            f"{'slices' if args.dims == 2 else 'patches'} of {' x '.join(map(str, size))}, {args.workers} workers")
 
-    names = "dims", "width", "depth", "norm", "attention", "stem"
-    network = {name: getattr(args, name) for name in names}
+    network = {name: getattr(args, name) for name in ("dims", "width", "depth", "norm", "attention", "stem")}
     net = UNet(**network)                                                               # configure_model
     if world_size > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)                              # Trainer(sync_batchnorm=)
     net = net.to(device, memory_format=net.memory_format)
-    if args.compile:
-        try:
-            torch.compile(torch.sin)(torch.zeros(2, device=device))  # now, not after an hour of caching
-        except Exception as error:
-            raise DataError(f"--compile: {data.first_line(error)}; install a C++ compiler, or leave it out") from None
     print0(f"network    {network}: {sum(p.numel() for p in net.parameters()):,} parameters")
 
     fused = has_fused(device) and not (args.engine == "lightning" and precision == torch.float16)  # it refuses that
@@ -410,7 +411,7 @@ def fit_loop(run: Run) -> None:
             part.load_state_dict(run.saved[name])
     forward = torch.compile(net) if args.compile else net  # `net` keeps the plain names for the checkpoint
     if run.world_size > 1:
-        # Buffers stay each process's own: SyncBatchNorm keeps them equal, and Lightning validates through this, too.
+        # Buffers stay each process's own while it trains: Lightning validates through this, with uneven shares.
         forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False) # Trainer(strategy="ddp")
     if run.rank == 0:                                                                   # Trainer(logger=)
         writer = SummaryWriter(Path(args.tensorboard, run.out.name), purge_step=len(log) + 1)
@@ -443,6 +444,7 @@ def fit_loop(run: Run) -> None:
                 scaler.step(optimizer)
             scaler.update(None if half else 1.0)
             optimizer.zero_grad()                                                       # optimizer_zero_grad
+        share_buffers(run)
         check_finite(run, epoch, torch.stack(norms))  # waits for the GPU, so that the next line tells the time
         trained = time.perf_counter()
 
@@ -474,13 +476,12 @@ def fit_loop(run: Run) -> None:
 def fit_lightning(run: Run) -> None:
     """The same by lightning.Trainer: the same objects, the stations in the same order. For comparison only."""
     try:
-        import lightning
-        from lightning.pytorch import callbacks, loggers, strategies
+        from lightning import pytorch as pl
     except ImportError as error:
         raise DataError(f"--engine lightning: {error}; pip install lightning, or use --engine loop") from None
     args, net, log = run.args, run.net, run.saved["log"] if run.saved else []
 
-    class Twin(lightning.LightningModule):
+    class Twin(pl.LightningModule):
         def __init__(self):
             super().__init__()
             self.net, self.compiled = net, torch.compile(net) if args.compile else net
@@ -498,8 +499,7 @@ def fit_lightning(run: Run) -> None:
         def training_step(self, batch, _):
             image, mask = batch
             logits = self.compiled(image.contiguous(memory_format=net.memory_format))
-            with torch.autocast(self.device.type, enabled=False):
-                loss = run.loss_function(logits.float(), mask)
+            loss = run.loss_function(logits.float(), mask)  # the losses stay in float32 under autocast
             self.losses.append(loss.detach())
             return loss
 
@@ -508,8 +508,10 @@ def fit_lightning(run: Run) -> None:
             if not self.norms[-1].isfinite():
                 optimizer.zero_grad()  # without gradients AdamW leaves the weights alone
 
-        def on_train_batch_end(self, *_):
+        def on_train_batch_end(self, _, batch, i):
             self.trained = time.perf_counter()
+            if i + 1 == run.batches:
+                share_buffers(run)
 
         def validation_step(self, i, _):
             self.rows += evaluate(net, [run.val_scans[i]], run.recipe["preprocess"], run.precision, args.batch_size)
@@ -528,17 +530,17 @@ def fit_lightning(run: Run) -> None:
                                         "scans": {row["name"]: row["dice"] for row in self.rows}}
 
     often = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = callbacks.ModelCheckpoint(run.out, "best", monitor="dice", mode="max", **often)
-    last = callbacks.ModelCheckpoint(run.out, "last", **often)  # `save_last=True` would save only where "best" does
+    best = pl.callbacks.ModelCheckpoint(run.out, "best", monitor="dice", mode="max", **often)
+    last = pl.callbacks.ModelCheckpoint(run.out, "last", **often)  # `save_last=True` would save only where "best" does
     best.FILE_EXTENSION = last.FILE_EXTENSION = ".pt"
-    for part in (run.loader.sampler, run.train_set):
-        part.set_epoch(len(log))  # Lightning fetches its first batches before any hook runs
+    run.loader.sampler.set_epoch(len(log))  # Lightning fetches its first batches before any hook runs
+    run.train_set.set_epoch(len(log))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # Lightning finds torchrun's processes by itself
-    trainer = lightning.Trainer(
+    trainer = pl.Trainer(
         accelerator=run.device.type, devices=local, num_nodes=run.world_size // local, max_epochs=args.epochs,
-        strategy=strategies.DDPStrategy(broadcast_buffers=False) if run.world_size > 1 else "auto", benchmark=True,
+        strategy=pl.strategies.DDPStrategy(broadcast_buffers=False) if run.world_size > 1 else "auto", benchmark=True,
         precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[run.precision],
-        logger=loggers.TensorBoardLogger(args.tensorboard, run.out.name, ""), callbacks=[best, last],
+        logger=pl.loggers.TensorBoardLogger(args.tensorboard, run.out.name, ""), callbacks=[best, last],
         limit_train_batches=run.batches, accumulate_grad_batches=args.accumulate, use_distributed_sampler=False,
         num_sanity_val_steps=0, enable_model_summary=False, enable_progress_bar=sys.stderr.isatty())
     scans = DataLoader(range(len(run.val_scans)), batch_size=None)

@@ -98,8 +98,8 @@ def depth_to_space(x: Tensor, n: int) -> Tensor:
 class UNet(nn.Module):
     """U-Net that maps an image to the logits of a mask.
 
-    The network returns logits, not probabilities: the losses take the sigmoid themselves, where log and exp cancel
-    (`binary_cross_entropy_with_logits`), so that a confident voxel still has a gradient and float16 does not overflow.
+    The network returns logits, not probabilities: cross-entropy takes the sigmoid itself, where log and exp cancel
+    (`binary_cross_entropy_with_logits`), so that a voxel that is confidently wrong keeps its gradient.
     `predict` is the way to probabilities and masks.
 
     Args:

@@ -450,6 +450,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("files", nargs="+", help="a scan and masks; layers: a checkpoint and a scan; curves: the folders of runs")
     add("--out", required=True, metavar="FILE", help="file to write: .png; of a movie .gif, or .html, a player")
     add("--axis", type=int, choices=(0, 1, 2), default=2, help="slices: 0 sagittal, 1 coronal, 2 axial (the default)")
+    add("--label", type=int, nargs="+", metavar="N", help="foreground of the last file (default: all values but 0)")
     add("--count", type=int, default=8, help="slices of overlay, 0 for all (default %(default)s)")
     add("--kind", choices=("geometry", "full"), default="geometry", help="of augment (default %(default)s)")
     return parser.parse_args(argv)
@@ -470,7 +471,7 @@ def draw(args: argparse.Namespace) -> None:
 
     # The three planes, of the picture and of the player, are cut out of the axial volume.
     scan = data.read_scan(args.files[0], 2 if html or args.picture == "planes" else args.axis)
-    masks = [data.read_mask(path, scan) for path in args.files[1:]]
+    masks = [data.read_mask(path, scan, args.label if path is args.files[-1] else None) for path in args.files[1:]]
     content = scan.array, masks, scan.spacing
     if html:
         write(args.out, player(*content).encode())

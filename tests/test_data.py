@@ -320,6 +320,21 @@ def test_a_file_that_changes_but_keeps_its_size_and_time_is_read_again(pairs, tm
     assert (before != data.cache_scan(pairs[0], HOW, tmp_path / "cache").open("mask")).sum() == 1
 
 
+def test_more_scans_than_a_process_may_hold_files_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    scans = [data.CachedScan(f"{n}", tmp_path / f"{n}") for n in range(200)]
+    for n, scan in enumerate(scans):
+        scan.folder.mkdir()
+        np.save(scan.folder / "image.npy", np.full((1, 2, 2), n))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 150, limits[1]))
+    try:
+        assert [scan.open("image")[0, 0, 0] for scan in scans * 2] == [*range(200)] * 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_mask_and_truth_are_two_arrays_where_they_happen_to_have_one_shape(tmp_path, write_nifti):
     """Resampled from 0.75 to 0.625 mm, then cropped, a mask got the shape of the file's, and was taken for it."""
     mask = np.zeros((320, 320, 4), np.uint8)

@@ -143,6 +143,7 @@ def test_windows_leave_no_trace_in_a_pointwise_network():
     torch.manual_seed(0)
     net, volume = Pointwise(1, 1, 1), np.random.default_rng(0).normal(size=(9, 14, 11)).astype(np.float32)
     whole = predict.predict_volume(net, volume, size=volume.shape)
+    assert np.array_equal(predict.predict_volume(net, volume), whole)  # without a size: one window
     for size in ((4, 4, 4), (9, 5, 3), (2, 14, 16), (12, 20, 20)):
         assert np.allclose(predict.predict_volume(net, volume, size=size), whole, atol=1e-6), size
 

@@ -110,6 +110,27 @@ def test_more_processes_than_scans_to_validate(quick, tmp_path):
     assert not differ(tmp_path / "loop", tmp_path / "lightning")
 
 
+def test_two_processes_validate_the_network_that_is_saved(quick, phantoms, tmp_path):
+    """Batch norm's running means differ from process to process, and the checkpoint has those of the first."""
+    jobs = [[*quick, "--epochs", "4", "--lr", "2e-2", "--engine", engine, "--out", str(tmp_path / engine)]
+            for engine in ("loop", "lightning")]
+    assert processes(2, jobs, tmp_path / "shown") == [0, 0], (tmp_path / "shown1").read_text()
+    for engine in ("loop", "lightning"):
+        saved = predict.load_checkpoint(tmp_path / engine / "last.pt")
+        scans = train.load_data(train.parse_args(quick))[1]
+        rows = train.evaluate(predict.load_network(saved), scans, saved["preprocess"], torch.float32, 8)
+        assert {row["name"]: pytest.approx(row["dice"]) for row in rows} == saved["scans"], engine
+
+
+def test_two_processes_take_as_many_steps_as_one(quick, tmp_path):
+    """15 slices in batches of 4: 3 steps. Shared by two with one slice repeated, they would be 4."""
+    common = [*quick, "--overfit", "1", "--fold", "1", "--batch-size", "4", "--limit-batches", "99", "--epochs", "1"]
+    assert train.main([*common, "--out", str(tmp_path / "one")]) == 0
+    assert processes(2, [[*common, "--out", str(tmp_path / "two")]], tmp_path / "shown") == [0, 0]
+    one, two = (predict.load_checkpoint(tmp_path / name / "last.pt")["optimizer"] for name in ("one", "two"))
+    assert one["state"][0]["step"] == two["state"][0]["step"] == 3
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(quick, tmp_path):
     assert processes(2, [[*quick, "--batch-size", "3"]], tmp_path / "shown") == [2, 2]
     told = [(tmp_path / f"shown{number}").read_text() for number in range(2)]

@@ -11,6 +11,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -285,6 +286,19 @@ def test_every_command_writes_its_picture_and_prints_where(files, tmp_path, caps
         assert visualize.main([*command, "--out", str(out)]) == 0 and capsys.readouterr().out == f"{out}\n"
         with Image.open(out) as image:
             assert image.format == out.suffix[1:].upper()
+
+
+def test_the_label_of_a_truth_with_several_organs_can_be_chosen(files, tmp_path, write_nifti):
+    truth = nib.load(files[2])
+    array = np.asarray(truth.dataobj).copy()
+    array[:6] = 2  # another organ
+    several = str(write_nifti(tmp_path / "several.nii.gz", array, truth.affine))
+    pictures = []
+    for last, *label in ((files[2],), (several, "--label", "1"), (several,)):
+        out = tmp_path / f"{len(pictures)}.png"
+        assert visualize.main(["overlay", *files[:2], last, *label, "--count", "0", "--out", str(out)]) == 0
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
 def test_bad_input_is_one_line_that_names_it_and_exit_code_2(files, tmp_path, capsys):
