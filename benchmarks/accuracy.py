@@ -26,7 +26,8 @@ ROWS = {
     "short": (None, "the short run", {"epochs": 6}, []),
     "width32": ("short", "twice the width, half the epochs", {"width": 32, "epochs": 3}, []),
     "depth4": ("short", "four poolings instead of three", {"depth": 4}, []),
-    "stem4": ("short", "blocks of 4 x 4 voxels instead of 2 x 2", {"stem": 4, "width": 32, "depth": 2}, []),
+    "stem4": ("short", "blocks of 4 x 4 voxels instead of 2 x 2", {
+        "stem": 4, "width": 32, "depth": 2, "epochs": 8}, []),
     "classical": ("short", "the classical U-Net: no stem", {"stem": 1, "depth": 4, "width": 8, "epochs": 3}, []),
     "batch8": ("short", "8 slices a batch instead of 16", {"batch_size": 8}, []),
     "zscore": ("short", "z-score without clipping", {"normalise": "zscore"}, []),
