@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
-# Channels last in memory: what convolutions are fastest with, on CPUs and GPUs.
+# Channels last in memory: what most convolutions are fastest with, on CPUs and GPUs.
 MEMORY = {2: torch.channels_last, 3: torch.channels_last_3d}
 NORM = {
     "none": {2: None, 3: None},
