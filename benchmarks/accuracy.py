@@ -38,6 +38,7 @@ ROWS = {
     "component": ("default", "largest component only", {}, ["--largest-component"]),
     "volume": (None, "3D at full resolution, blocks of 4 x 4 x 4 voxels", {
         "dims": 3, "stem": 4, "width": 32, "depth": 2, "epochs": 36}, []),
+    "volume_long": ("volume", "64 epochs instead of 36", {"epochs": 64}, []),
     "volume_component": ("volume", "largest component only", {}, ["--largest-component"]),
     "volume_stem2": ("volume", "blocks of 2 x 2 x 2 voxels", {"stem": 2, "width": 16, "depth": 3, "epochs": 18}, []),
     "volume_coarse": ("volume_stem2", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1}, []),
