@@ -33,6 +33,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+# On a CPU: threads of PyTorch that wait for each other sleep, and leave the core to the workers. Read when it loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -95,13 +98,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dims", type=int, default=2, choices=(2, 3), help="2: slices, 3: patches")
     add("--width", type=positive, default=16, metavar="N", help="channels of the first level")
     add("--depth", type=number(0, 8), default=3, metavar="N", help="poolings")
-    add("--stem", type=number(1, 8), default=2, metavar="N", help="voxels a side that enter as channels; 1: classical")
+    add("--stem", type=number(1, 8), metavar="N", help="voxels a side that enter as channels, 1: classical; None: 2, "
+        "or 4 of voxels below 0.9 mm")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
     add("--attention", action="store_true", help="attention gates on the skips")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
-    add("--epochs", type=positive, default=16, metavar="N", help="passes over the training slices")
+    add("--epochs", type=positive, default=20, metavar="N", help="passes over the training slices")
     add("--batch-size", type=positive, metavar="N", help="of all processes together; None: 16 slices, or 2 patches")
     add("--accumulate", type=positive, default=1, metavar="N", help="batches per step: a larger batch, no more memory")
     add("--lr", type=share(0), default=4e-3, help="highest learning rate of AdamW")
@@ -164,6 +168,7 @@ def load_data(args: argparse.Namespace) -> tuple[list, list, dict, dict]:
         train = val = train[: args.overfit]
     organ = any(scan.open("mask").any() for scan in train)
     require(organ, f"{args.data}: no voxel of a label is foreground (--label {args.label}); there is nothing to learn")
+    args.stem = args.stem or (4 if max(spacing[-args.dims :]) < 0.9 else 2)
     # Larger slices are cropped, for training only: prediction takes them whole. The network pads up to `multiple`.
     multiple, largest = args.stem * 2**args.depth, (math.inf, math.inf) if args.dims == 2 else (80, 128, 128)
     shapes = [scan.open("mask").shape[-args.dims :] for scan in train]

@@ -23,23 +23,21 @@ import record
 # Row: (the row that it changes, what it changes there, arguments of train.py, arguments of predict.py).
 # Where a change makes an epoch slower, the row has fewer epochs: rows are compared at about equal minutes.
 ROWS = {
-    "short": (None, "the short run", {"epochs": 6}, []),
-    "width32": ("short", "twice the width, half the epochs", {"width": 32, "epochs": 3}, []),
-    "depth4": ("short", "four poolings instead of three", {"depth": 4}, []),
-    "stem4": ("short", "blocks of 4 x 4 voxels instead of 2 x 2", {
-        "stem": 4, "width": 32, "depth": 2, "epochs": 8}, []),
+    "short": (None, "the short run", {"epochs": 8}, []),
+    "depth2": ("short", "two poolings instead of three", {"depth": 2}, []),
     "classical": ("short", "the classical U-Net: no stem", {"stem": 1, "depth": 4, "width": 8, "epochs": 3}, []),
-    "batch8": ("short", "8 slices a batch instead of 16", {"batch_size": 8}, []),
     "zscore": ("short", "z-score without clipping", {"normalise": "zscore"}, []),
     "geometry": ("short", "only the geometry augmented", {"augment": "geometry"}, []),
     "attention": ("short", "attention gates", {"attention": ""}, []),
     "default": (None, "no flag", {}, []),
-    "default32": ("default", "twice the width, half the epochs", {"width": 32, "epochs": 8}, []),
     "component": ("default", "largest component only", {}, ["--largest-component"]),
-    "volume": (None, "3D at full resolution, blocks of 4 x 4 x 4 voxels", {
-        "dims": 3, "stem": 4, "width": 32, "depth": 2, "epochs": 36}, []),
-    "volume_long": ("volume", "64 epochs instead of 36", {"epochs": 64}, []),
+    "width32": ("default", "twice the width, two poolings", {"width": 32, "depth": 2, "epochs": 8}, []),
+    "stem2": ("default", "blocks of 2 x 2 voxels instead of 4 x 4", {"stem": 2, "epochs": 6}, []),
+    "stem2_batch8": ("stem2", "8 slices a batch instead of 16", {"batch_size": 8}, []),
+    "stem2_long": ("stem2", "an hour of one core", {"epochs": 16}, []),
+    "volume": (None, "3D, blocks of 4 x 4 x 4 voxels", {"dims": 3, "width": 32, "depth": 2, "epochs": 36}, []),
     "volume_component": ("volume", "largest component only", {}, ["--largest-component"]),
+    "volume_long": ("volume", "64 epochs instead of 36", {"epochs": 64}, []),
     "volume_stem2": ("volume", "blocks of 2 x 2 x 2 voxels", {"stem": 2, "width": 16, "depth": 3, "epochs": 18}, []),
     "volume_coarse": ("volume_stem2", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1}, []),
     # The recipe that this project started from (see train.py), for about as long as the default takes.
