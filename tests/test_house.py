@@ -1,15 +1,14 @@
 """House rules: files short enough to read, that stand alone, need only what is required, and start nothing."""
 
 import ast
-import io
 import re
 import shutil
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
+from table import code_lines
 
 import train
 
@@ -29,17 +28,6 @@ HOUSE = {
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")
 LONGEST = 60  # code lines of a function
-
-
-def code_lines(source: str) -> set[int]:
-    """Numbers of the lines that hold code: no docstrings, comments and blanks."""
-    texts = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            texts |= set(range(node.lineno, node.end_lineno + 1))
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)} - texts
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,18 @@ def test_stopped_after_two_epochs_and_resumed_a_run_ends_as_if_left_alone(quick,
     before = (tmp_path / "parts" / "last.pt").read_bytes()
     assert same(run(*job, "--resume")["model"], alone["model"])  # nothing is left to do
     assert (tmp_path / "parts" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(("changes", "stem"), [("", 4), ("--spacing 1.2", 2), ("--dims 3", 2), ("--stem 1", 1)])
+def test_fine_voxels_enter_in_larger_blocks(write_nifti, tmp_path, changes, stem):
+    """Voxels of 0.6 x 0.6 x 3 mm: in 3D the coarsest side counts."""
+    squares = np.kron(np.eye(4), np.ones((10, 10)))[..., None].repeat(6, axis=2).astype(np.int16)
+    for name, kind in product(("a", "b"), ("images", "labels")):
+        write_nifti(tmp_path / kind / f"{name}.nii.gz", squares, np.diag([0.6, 0.6, 3, 1]))
+    command = f"--data {tmp_path} --cache {tmp_path}/cache --folds 2 --depth 1 {changes}"
+    args = train.parse_args(command.split())
+    size = train.load_data(args)[3]["size"]
+    assert args.stem == stem and all(length % (2 * stem) == 0 for length in size)
 
 
 def test_seed_decides_and_workers_do_not(quick, tmp_path):
