@@ -55,6 +55,9 @@ from metrics import dice
 from unet import UNet
 
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
+# Unless told otherwise, for slices and for patches: the ladder in benchmarks/README.md measured them.
+DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 20, "batch_size": 16},
+            3: {"width": 32, "depth": 2, "epochs": 64, "batch_size": 2}}
 # What a resumed run may change: where and how it runs, not what comes out.
 MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "workers", "compile", "epochs"}
 
@@ -96,8 +99,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("network").add_argument
     add("--dims", type=int, default=2, choices=(2, 3), help="2: slices, 3: patches")
-    add("--width", type=positive, default=16, metavar="N", help="channels of the first level")
-    add("--depth", type=number(0, 8), default=3, metavar="N", help="poolings")
+    add("--width", type=positive, metavar="N", help="channels of the first level; None: 16, in 3D 32")
+    add("--depth", type=number(0, 8), metavar="N", help="poolings; None: 3, in 3D 2")
     add("--stem", type=number(1, 8), metavar="N", help="voxels a side that enter as channels, 1: classical; None: 2, "
         "or 4 of voxels below 0.9 mm")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
@@ -105,7 +108,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
-    add("--epochs", type=positive, default=20, metavar="N", help="passes over the training slices")
+    add("--epochs", type=positive, metavar="N", help="passes over the training scans; None: 20, in 3D 64")
     add("--batch-size", type=positive, metavar="N", help="of all processes together; None: 16 slices, or 2 patches")
     add("--accumulate", type=positive, default=1, metavar="N", help="batches per step: a larger batch, no more memory")
     add("--lr", type=share(0), default=4e-3, help="highest learning rate of AdamW")
@@ -131,7 +134,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("argument --resume: say which run, with --out")
     if args.size and len(args.size) != args.dims:
         parser.error(f"argument --size: expected {args.dims} numbers with --dims {args.dims}")
-    args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
+    for name, value in DEFAULTS[args.dims].items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.workers = min(4, max((os.cpu_count() or 1) - 1, 1)) if args.workers is None else args.workers
     return args
 

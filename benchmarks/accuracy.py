@@ -35,10 +35,12 @@ ROWS = {
     "stem2": ("default", "blocks of 2 x 2 voxels instead of 4 x 4", {"stem": 2, "epochs": 6}, []),
     "stem2_batch8": ("stem2", "8 slices a batch instead of 16", {"batch_size": 8}, []),
     "stem2_long": ("stem2", "an hour of one core", {"epochs": 16}, []),
-    "volume": (None, "3D, blocks of 4 x 4 x 4 voxels", {"dims": 3, "width": 32, "depth": 2, "epochs": 36}, []),
+    "volume": (None, "patches of volumes, blocks of 4 x 4 x 4 voxels", {"dims": 3}, []),
     "volume_component": ("volume", "largest component only", {}, ["--largest-component"]),
-    "volume_long": ("volume", "64 epochs instead of 36", {"epochs": 64}, []),
-    "volume_stem2": ("volume", "blocks of 2 x 2 x 2 voxels", {"stem": 2, "width": 16, "depth": 3, "epochs": 18}, []),
+    "volume_short": ("volume", "36 epochs instead of 64", {"epochs": 36}, []),
+    "volume_short_component": ("volume_short", "largest component only", {}, ["--largest-component"]),
+    "volume_stem2": ("volume_short", "blocks of 2 x 2 x 2 voxels", {
+        "stem": 2, "width": 16, "depth": 3, "epochs": 18}, []),
     "volume_coarse": ("volume_stem2", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1}, []),
     # The recipe that this project started from (see train.py), for about as long as the default takes.
     "seed": (None, "the first recipe: no norm, Dice loss, Adam 1e-4", {
