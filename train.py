@@ -4,7 +4,7 @@ Contract: a folder of NIfTI scans and masks in (`data.py` names the layouts), a 
 epoch of the highest validation Dice), log.csv, split.json, args.json, pictures; TensorBoard events under --tensorboard.
 Validation is per scan, in the scan's own space. A checkpoint is written after every epoch. On a CPU a run is exact: one
 that was killed and resumed ends with the same weights, to the last bit, as one that was left alone. The default reaches
-a Dice of about 0.91 on left atria that it was not trained on, in about an hour of one CPU core: see the README.
+a Dice of about 0.91 on left atria that it was not trained on, without a GPU in less than an hour: see the README.
 
     python train.py --data phantom --width 8 --batch-size 4     # what phantom.py writes: a minute on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
