@@ -155,7 +155,7 @@ def test_seed_decides_and_workers_do_not(quick, tmp_path):
 
 def test_it_overfits_one_scan(quick):
     """If one scan cannot be learnt by heart, nothing else can be."""
-    changes = "--limit-batches 99 --overfit 1 --epochs 24 --width 8 --batch-size 2 --lr 2e-2"
+    changes = "--limit-batches 99 --overfit 1 --epochs 32 --width 8 --batch-size 2 --lr 1e-2"
     result = run(*quick, *changes.split())
     assert list(result["scans"]) == ["la_001"] and result["log"][-1]["val/dice"] > 0.8
     assert result["log"][-1]["train/loss"] < 0.4 * result["log"][0]["train/loss"]
@@ -164,9 +164,9 @@ def test_it_overfits_one_scan(quick):
 @pytest.mark.parametrize("loss", ["dice", "bce_dice"])
 def test_it_learns_the_phantom(quick, loss):
     """A floor for scans that were never seen; what is called organ is about as much as there is."""
-    changes = "--limit-batches 99 --epochs 8 --width 8 --batch-size 4 --lr 2e-2 --augment none --loss"
+    changes = "--limit-batches 99 --epochs 12 --width 8 --batch-size 4 --lr 1e-2 --augment none --loss"
     row = run(*quick, *changes.split(), loss)["log"][-1]
-    assert row["val/dice"] > 0.65 and 0.6 < row["val/foreground_prediction"] / row["val/foreground_truth"] < 1.7
+    assert row["val/dice"] > 0.6 and 0.5 < row["val/foreground_prediction"] / row["val/foreground_truth"] < 2
 
 
 def test_every_scan_can_be_trained_on_with_the_first_recipe(quick, tmp_path):
