@@ -67,7 +67,7 @@ def minutes(records: list[dict]) -> str:
     """How long a run took on each machine that had some."""
     machines = sorted({machine(record) for record in records}, reverse=True)
     means = (np.mean([record["minutes"] for record in records if machine(record) == name]) for name in machines)
-    return "; ".join(f"{mean:.0f} on {name}" for mean, name in zip(means, machines, strict=True))
+    return "; ".join(f"{mean:.1f} on {name}" for mean, name in zip(means, machines, strict=True))
 
 
 def expect() -> str:
