@@ -48,7 +48,7 @@ from unet import UNet
 
 SCRATCH = ROOT / "cache" / "speed"  # synthetic scans, and their cache, kept from call to call
 HOW = {"axis": 2, "label": None, "spacing": [None] * 3, "crop": 0, "normalise": "percentile", "size": (1, 1)}
-DEFAULT = {name: getattr(train.parse_args(["--data", ""]), name) for name in ("width", "depth", "stem")}
+DEFAULT = {name: train.DEFAULTS[2][name] for name in ("width", "depth")} | {"stem": 4}  # for voxels below 0.9 mm
 # `networks`: the first recipe's, the default, the classical one. --quick shrinks all, for a test to run every row.
 FULL = {"repeats": 5, "size": (192, 160), "batch": 8, "slices": 160, "volume": (110, 320, 320), "scans": (10, 100),
         "shape": (64, 128, 128), "large": (200, 512, 512), "crop": (96, 96), "every": 1408, "ours": [], "plain": [],
