@@ -157,7 +157,7 @@ def test_tables_are_of_what_there_is(tmp_path, monkeypatch, capsys):
     table.main(write=True, root=tmp_path)
     front, page = ((tmp_path / name).read_text() for name in table.TABLES)
     words = " ".join(accuracy.flags(accuracy.arguments("short")))
-    assert f"| `python train.py --data DIR {words}` | 5 on 2 cores of X, AVX2 | 0.9100 ± 0.0100 | 0.900 |" in front
+    assert f"| `python train.py --data DIR {words}` | 5.0 on 2 cores of X, AVX2 | 0.9100 ± 0.0100 | 0.900 |" in front
     assert "[`unet.py`](unet.py)" in front
     assert f"the short run: `{words}` | 0.9100 ± 0.0100 | 0.9000 |" in page
     assert "| `short` | 80 | 0.9000 ± 0.0000 |" in page and "| N | 90.00 |" in page
