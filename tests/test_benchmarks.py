@@ -158,6 +158,7 @@ def test_tables_are_of_what_there_is(tmp_path, monkeypatch, capsys):
     front, page = ((tmp_path / name).read_text() for name in table.TABLES)
     words = " ".join(accuracy.flags(accuracy.arguments("short")))
     assert f"| `python train.py --data DIR {words}` | 5.0 on 2 cores of X, AVX2 | 0.9100 ± 0.0100 | 0.900 |" in front
+    assert "| 3 | 0.9000 |\n" in front  # three runs; all folds, of seed 0
     assert "[`unet.py`](unet.py)" in front
     assert f"the short run: `{words}` | 0.9100 ± 0.0100 | 0.9000 |" in page
     assert "| `short` | 80 | 0.9000 ± 0.0000 |" in page and "| N | 90.00 |" in page
