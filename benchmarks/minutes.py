@@ -122,7 +122,7 @@ def monai_side(s: dict, folder: str, workers: int) -> Side:
     window = SliceInferer(spatial_dim=2, roi_size=s["crop"], sw_batch_size=64)
 
     @torch.no_grad()
-    @torch.autocast("cpu", PRECISION, enabled=PRECISION != torch.float32)
+    @torch.autocast("cpu", PRECISION, enabled=PRECISION is not torch.float32)
     def validate() -> float:
         net.eval()
         scores = [metrics.dice((window(scan["image"][None], net)[0] > 0).numpy(), (scan["label"] > 0).numpy())
