@@ -346,7 +346,7 @@ ROWS = {"step": step, "monai": monai, "data": data_path, "prediction": predictio
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    lines = [f"  {name:10}  {row.__doc__.splitlines()[0]}" for name, row in ROWS.items()]
+    lines = [f"  {name:13}  {row.__doc__.splitlines()[0]}" for name, row in ROWS.items()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="rows:\n" + "\n".join(lines),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -380,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path.write_text(json.dumps(record, indent=1) + "\n")
         for line in row["checks"]:
             spread = f"({min(line['values']):.3g} to {max(line['values']):.3g})"
-            print(f"{name:10} {line['what']:60} {line['median']:8.3g} {line['unit']:3} {spread:20} {line['goal']:14} "
+            print(f"{name:13} {line['what']:60} {line['median']:8.3g} {line['unit']:3} {spread:20} {line['goal']:14} "
                   f"{ {True: 'met', False: 'MISSED', None: ''}[line.get('met')]}", flush=True)
     return 0
 
