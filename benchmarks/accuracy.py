@@ -1,4 +1,4 @@
-"""The ladder: every recipe that was measured, one change a row, each row with several seeds.
+"""The ladder: recipes, one change a row, each to be measured with several seeds.
 
     python benchmarks/accuracy.py --data DIR                            # all rows, seeds 0, 1, 2: days on two cores
     python benchmarks/accuracy.py --data DIR --only short --seeds 0     # one run of one row
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A row that only predicts otherwise takes the run of the row that it changes.
             out = runs / f"{row if own or not base else base}{tail}"
             words = ["--data", args.data, *flags(told), *others, "--out", str(out)]
-            record.record(f"{row}{tail}", words, prediction, results, change)
+            record.record(f"{row}{tail}", words, prediction, results)
     return 0
 
 

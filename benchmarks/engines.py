@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                   f"difference of the weights {row.get('difference', '')}", flush=True)
             rows.append(row)
             content = {"command": f"python benchmarks/engines.py --rounds {args.rounds} --device {args.device}",
-                       "hardware": hardware(), "rows": rows}
+                       "hardware": hardware(args.device), "rows": rows}
             args.results.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content, indent=1) + "\n")
     return 0

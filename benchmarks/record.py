@@ -16,7 +16,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +34,9 @@ from metrics import score  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def hardware() -> str:
-    if torch.cuda.is_available():
+def hardware(device: str) -> str:
+    """The GPU, or the CPU with its cores and instructions; `device` as --device has it."""
+    if predict.pick_device(device).type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
@@ -58,25 +58,20 @@ def shown(arguments: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def record(
-    name: str, arguments: Sequence[str], prediction: Sequence[str] = (), results: Path = RESULTS, change: str = ""
-) -> dict:
+def record(name: str, arguments: Sequence[str], prediction: Sequence[str] = (), results: Path = RESULTS) -> dict:
     """Train (or go on, or take the finished run), predict from files, write `results`/NAME.json.
 
     Args:
         arguments: of train.py, `--data` among them; with `--out` a run that was stopped goes on, one that ended stays.
         prediction: more arguments of predict.py, such as `--largest-component`.
-        change: what the run is for, in words.
     """
     args = train.parse_args([*arguments, "--resume"] if "--out" in arguments else arguments)
     checkpoint = train.train(args)
     last, labels = f"{checkpoint['out']}/last.pt", {pair.name: pair.label for pair in data.find_pairs(args.data)}
-    started = time.perf_counter()
     rows = predict.predict(predict.parse_args([
         args.data, "--checkpoint", last, "--out", f"{checkpoint['out']}/masks", "--labels",
         str(next(iter(labels.values())).parent), "--held-out", "--device", args.device, "--precision", args.precision,
         *prediction]))
-    seconds = time.perf_counter() - started
     for row in rows:
         masks = (np.asarray(nib.load(path).dataobj) for path in (row.pop("mask"), labels[row["name"]]))
         mask, truth = (np.isin(array, args.label) if args.label and i else array > 0 for i, array in enumerate(masks))
@@ -85,21 +80,16 @@ def record(
     content = {
         "command": f"python benchmarks/record.py {name} {shown(arguments)}"
                    + (f" -- {shlex.join(prediction)}" if prediction else ""),
-        "prediction": shlex.join(prediction),
-        "change": change,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
+        "hardware": hardware(args.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "parameters": sum(value.numel() for key, value in checkpoint["model"].items()
                           if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))),
         "train_scans": len(checkpoint["split"]["train"]),
         "minutes": sum(row["system/seconds"] + row["system/validation_seconds"] for row in checkpoint["log"]) / 60,
-        "minutes_predicting": seconds / 60,
-        "best_epoch_dice": max(row["val/dice"] for row in checkpoint["log"]),
         "mean": mean,
-        "std": {key: float(np.std([row[key] for row in rows])) for key in mean},
         "worst_dice": min(row["dice"] for row in rows),
         "scores": rows,
         "log": checkpoint["log"],

@@ -1,7 +1,7 @@
 """Time and memory of each stage against what a user would pick instead: MONAI, and the plain form (minutes.py).
 
     python benchmarks/speed.py [--rows step data] [--device cuda]     # benchmarks/results/speed/speed_cpu.json
-    python benchmarks/speed.py --rows minutes minutes_plain --data DIR  # hours: trains on real scans
+    python benchmarks/speed.py --rows minutes --data DIR              # trains on real scans, up to an hour
     python benchmarks/speed.py --help                                 # a line for each row
 
 The sides of a comparison take turns, A B, B A, ..., after a warm-up of each; a ratio is of neighbours in time, so that
@@ -40,7 +40,6 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import metrics
 import predict
 import train
 from losses import DiceLoss
@@ -51,11 +50,11 @@ HOW = {"axis": 2, "label": None, "spacing": [None] * 3, "crop": 0, "normalise": 
 DEFAULT = {name: train.DEFAULTS[2][name] for name in ("width", "depth")} | {"stem": 4}  # for voxels below 0.9 mm
 # `networks`: the first recipe's, the default, the classical one. --quick shrinks all, for a test to run every row.
 FULL = {"repeats": 5, "size": (192, 160), "batch": 8, "slices": 160, "volume": (110, 320, 320), "scans": (10, 100),
-        "shape": (64, 128, 128), "large": (200, 512, 512), "crop": (96, 96), "every": 5632, "ours": [], "plain": [],
+        "shape": (64, 128, 128), "crop": (96, 96), "every": 5632, "ours": [],
         "networks": ({"width": 64, "norm": "none"}, DEFAULT, {"width": 16, "depth": 4})}
 QUICK = {"repeats": 1, "size": (32, 32), "batch": 2, "slices": 8, "volume": (4, 32, 32), "scans": (1, 2),
-         "shape": (8, 32, 32), "large": (8, 32, 32), "crop": (32, 32), "every": 8,
-         "ours": ["--epochs", "1", "--limit-batches", "2", "--width", "4"], "plain": ["--crop", "0"],
+         "shape": (8, 32, 32), "crop": (32, 32), "every": 8,
+         "ours": ["--epochs", "1", "--limit-batches", "2", "--width", "4"],
          "networks": ({"width": 4, "depth": 1}, {"width": 4, "depth": 1, "stem": 2}, {"width": 2, "depth": 2})}
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -289,98 +288,62 @@ def memory(s: dict, device: torch.device) -> dict:
     return {"checks": checks, "raw": raw}
 
 
-def above_imports(s: dict, function: Callable, argument) -> dict:
-    """The peak less that of a process that only imports, also as a multiple of the scan as float32."""
-    peaks = [peak_memory(function, argument) - peak_memory(abs, 0) for _ in range(min(s["repeats"], 3))]
-    size = 4 * float(np.prod(s["large"])) / 1e6
-    return {"checks": [check("peak above the imports", peaks, unit="MB"),
-                       check("as a multiple of the scan in float32", [value / size for value in peaks])], "raw": peaks}
+def minutes(s: dict, device: torch.device) -> dict:
+    """Minutes of training to a validation Dice of 0.90: the short command, and MONAI (--data DIR, on a CPU).
 
-
-def cache_large(source: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        data.cache_scans(data.find_pairs(source), HOW, folder)
-
-
-def score_large(shape: Sequence[int]) -> None:
-    masks = np.zeros((2, *shape), bool)
-    for n, mask in enumerate(masks):
-        mask[tuple(slice(length // 4 + n, length // 2 + n) for length in shape)] = True
-    metrics.score(*masks, spacing=(0.625, 0.625, 0.625))
-
-
-def caching(s: dict, device: torch.device) -> dict:
-    """Peak memory of reading, preprocessing and caching a scan of 512 x 512 x 200."""
-    return above_imports(s, cache_large, scans(1, s["large"]))
-
-
-def scoring(s: dict, device: torch.device) -> dict:
-    """Peak memory of scoring a mask of 512 x 512 x 200, the two masks included."""
-    return above_imports(s, score_large, s["large"])
-
-
-def minutes(s: dict, device: torch.device, other: str = "MONAI", goal: str = "at least 5") -> dict:
-    """Minutes of training to a validation Dice of 0.90: the short command, and MONAI (--data DIR).
-
-    A side that does not get there within --minutes counts with those: its ratio is then a lower bound.
+    A side that does not get there within --minutes counts with those: the ratio is then a lower bound.
     """
-    curves, reached, checks = race(s, other), {}, []
+    curves, reached, checks = race(s), {}, []
     for name, points in curves.items():
         there = [point for point in points if point[1] >= GOAL]
         reached[name] = (there or points[-1:])[0][0]
         told = "" if there else f" (not reached: {points[-1][1]:.3f})"
         checks.append(check(f"minutes to a Dice of {GOAL:.2f}, {name}{told}", [reached[name]]))
-    checks.append(check(f"{other} / ours", [reached[other] / reached["ours"]], goal))
+    checks.append(check("MONAI / ours", [reached["MONAI"] / reached["ours"]], "at least 5"))
     return {"checks": checks, "raw": curves}
 
 
-def minutes_plain(s: dict, device: torch.device) -> dict:
-    """The same with the plain form, which is the first recipe (--data DIR)."""
-    return minutes(s, device, "plain form", "")
-
-
-ROWS = {"step": step, "monai": monai, "data": data_path, "prediction": prediction, "memory": memory, "caching": caching,
-        "scoring": scoring, "minutes": minutes, "minutes_plain": minutes_plain}
+ROWS = {"step": step, "monai": monai, "data": data_path, "prediction": prediction, "memory": memory, "minutes": minutes}
 
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    lines = [f"  {name:13}  {row.__doc__.splitlines()[0]}" for name, row in ROWS.items()]
+    lines = [f"  {name:10}  {row.__doc__.splitlines()[0]}" for name, row in ROWS.items()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="rows:\n" + "\n".join(lines),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", nargs="+", choices=ROWS, metavar="ROW", help="rows to measure anew (default: those without a result)")
-    add("--data", metavar="DIR", help="the scans of the rows `minutes`, as in train.py")
-    add("--minutes", dest="cap", type=float, default=60, help="of training, at most, for MONAI or the plain form (60)")
+    add("--data", metavar="DIR", help="the scans of the row `minutes`, as in train.py")
+    add("--minutes", dest="cap", type=float, default=60, help="of MONAI's training, at most (60)")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--quick", action="store_true", help="tiny sizes, one repetition: does it run at all?")
     add("--results", type=Path, default=RESULTS / "speed", metavar="DIR")
     args = parser.parse_args(argv)
-    trains = {"minutes", "minutes_plain"}
-    if trains & set(args.rows or []) and not args.data:
-        parser.error("the rows `minutes` and `minutes_plain` train on real scans: give --data")
+    if "minutes" in (args.rows or []) and not args.data:
+        parser.error("the row `minutes` trains on real scans: give --data")
     path = args.results / f"{'quick' if args.quick else 'speed'}_{args.device}.json"
     record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     version, s = commit(), (QUICK if args.quick else FULL) | {"data": args.data, "cap": args.cap}
     warnings.filterwarnings("ignore")
     predict.keep_freed_memory()
-    missing = ROWS.keys() - record["rows"].keys() - (set() if args.data else trains)
+    missing = ROWS.keys() - record["rows"].keys() - (set() if args.data else {"minutes"})
     for name in args.rows or [name for name in ROWS if name in missing]:
         begun = time.perf_counter()
         row = ROWS[name](s, predict.pick_device(args.device))
         words = ["--rows", name, "--device", args.device] + ["--quick"] * args.quick
-        words += ["--data", Path(args.data).name, "--minutes", f"{args.cap:g}"] if name in trains else []
+        words += ["--data", Path(args.data).name, "--minutes", f"{args.cap:g}"] if name == "minutes" else []
         record["rows"][name] = {
-            "command": f"python benchmarks/speed.py {shlex.join(words)}", "commit": version, "hardware": hardware(),
-            "date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(),
-            "versions": {lib: metadata.version(lib) for lib in ("torch", "numpy", "monai", "imgaug", "opencv-python")}
-            | {"python": platform.python_version()}, "took_minutes": (time.perf_counter() - begun) / 60, **row}
+            "command": f"python benchmarks/speed.py {shlex.join(words)}", "commit": version,
+            "hardware": hardware(args.device), "date": datetime.date.today().isoformat(),
+            "threads": torch.get_num_threads(), "versions": {"python": platform.python_version()} | {
+                lib: metadata.version(lib) for lib in ("torch", "numpy", "monai", "imgaug", "opencv-python")},
+            "took_minutes": (time.perf_counter() - begun) / 60, **row}
         args.results.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
         for line in row["checks"]:
             spread = f"({min(line['values']):.3g} to {max(line['values']):.3g})"
-            print(f"{name:13} {line['what']:60} {line['median']:8.3g} {line['unit']:3} {spread:20} {line['goal']:14} "
+            print(f"{name:10} {line['what']:60} {line['median']:8.3g} {line['unit']:3} {spread:20} {line['goal']:14} "
                   f"{ {True: 'met', False: 'MISSED', None: ''}[line.get('met')]}", flush=True)
     return 0
 

@@ -83,12 +83,11 @@ def test_speed_measures_each_row_and_keeps_the_others(tmp_path):
     assert again["data"] == first["data"] and again["step"] != first["step"]
 
 
-@pytest.mark.parametrize(("name", "other"), [("minutes", "MONAI"), ("minutes_plain", "plain form")])
-def test_minutes_trains_both_sides(phantoms, tmp_path, monkeypatch, name, other):
+def test_minutes_trains_both_sides(phantoms, tmp_path, monkeypatch):
     pytest.importorskip("monai")
     without_pictures(monkeypatch.setattr)
-    row = measured(tmp_path, name, more=["--data", str(phantoms), "--minutes", "0.01"])[name]
-    assert set(row["raw"]) == {"ours", other} and all(row["raw"].values())
+    row = measured(tmp_path, "minutes", more=["--data", str(phantoms), "--minutes", "0.01"])["minutes"]
+    assert set(row["raw"]) == {"ours", "MONAI"} and all(row["raw"].values())
     assert len([line for line in row["checks"] if "not reached" in line["what"]]) == 2
     assert row["command"].endswith(f"--data {phantoms.name} --minutes 0.01")
 
@@ -104,8 +103,8 @@ def test_memory_is_seen():
 
 
 @pytest.mark.slow
-def test_memory_rows(tmp_path):
-    assert list(measured(tmp_path, "memory", "caching", "scoring")) == ["memory", "caching", "scoring"]
+def test_memory_row(tmp_path):
+    assert "memory" in measured(tmp_path, "memory")
 
 
 def test_a_goal_is_held_against_the_median():
