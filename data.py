@@ -624,9 +624,9 @@ def check(root: str | Path, label: Sequence[int] | None = None) -> None:
             problems.append(f"{pair.image}: every voxel is {low:g}; there is nothing to see in this scan")
         if not mask.any():
             problems.append(f"{pair.label}: no voxel is foreground; check --label, or remove the scan")
-        shape, spacing = (" x ".join(f"{n:.3g}" for n in numbers) for numbers in (mask.shape, scan.spacing))
+        shape, spacing = (" x ".join(f"{n:.4g}" for n in numbers) for numbers in (mask.shape, scan.spacing))
         axes, slices = "".join(nib.aff2axcodes(scan.source.affine)), np.count_nonzero(mask.any(axis=(1, 2)))
-        print(f"{pair.name:20} {shape:>15} voxels of {spacing:>20} mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, "
+        print(f"{pair.name:20} {shape:>15} voxels of {spacing:>21} mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, "
               f"foreground {mask.mean():.2%} in {slices} slices", flush=True)
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
     require(not problems, "\n".join(problems))

@@ -301,7 +301,7 @@ def find_checkpoint(args: argparse.Namespace, recipe: dict, device: torch.device
     saved = predict.load_checkpoint(last, device)
     old, new = ({**r, **r["args"]} for r in (saved, recipe))
     for name in sorted(new.keys() - MAY_CHANGE - {"args"}):
-        told = f"{last}: was trained with {name} {old.get(name)}, not {new[name]}; choose another --out"
+        told = f"{last}: was trained with {name} {old.get(name)}, not {new[name]}; repeat that, or choose another --out"
         require(old.get(name) == new[name], told)
     return saved
 

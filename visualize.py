@@ -14,7 +14,7 @@ alone; the commands below read scans as the training does, with data.py (layers 
     python visualize.py movie   scan.nii.gz prediction.nii.gz truth.nii.gz --out movie.gif      # or .html: a player
     python visualize.py layers  runs/first/last.pt scan.nii.gz --out layers.png
     python visualize.py curves  runs/first runs/second --out curves.png
-    python visualize.py augment scan.nii.gz mask.nii.gz --kind full --out augment.png
+    python visualize.py augment scan.nii.gz mask.nii.gz --out augment.png
 """
 
 import argparse
@@ -452,7 +452,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--axis", type=int, choices=(0, 1, 2), default=2, help="slices: 0 sagittal, 1 coronal, 2 axial (the default)")
     add("--label", type=int, nargs="+", metavar="N", help="foreground of the last file (default: all values but 0)")
     add("--count", type=int, default=8, help="slices of overlay, 0 for all (default %(default)s)")
-    add("--kind", choices=("geometry", "full"), default="geometry", help="of augment (default %(default)s)")
+    add("--kind", choices=("geometry", "full"), default="full", help="of augment (default %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -280,7 +280,7 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
 def test_every_command_writes_its_picture_and_prints_where(files, tmp_path, capsys):
     (tmp_path / "log.csv").write_text("epoch,train/loss\n1,0.9\n2,0.5\n")
     commands = (["overlay", *files, "--axis", "0", "--count", "0"], ["planes", files[0]], ["movie", *files[:2]],
-                ["curves", str(tmp_path), str(tmp_path)], ["augment", *files[::2], "--kind", "full"])
+                ["curves", str(tmp_path), str(tmp_path)], ["augment", *files[::2], "--kind", "geometry"])
     for command in commands:
         out = tmp_path / "made" / f"{command[0]}.{'gif' if command[0] == 'movie' else 'png'}"
         assert visualize.main([*command, "--out", str(out)]) == 0 and capsys.readouterr().out == f"{out}\n"
