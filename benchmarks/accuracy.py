@@ -30,7 +30,6 @@ ROWS = {
     "geometry": ("short", "only the geometry augmented", {"augment": "geometry"}, []),
     "attention": ("short", "attention gates", {"attention": ""}, []),
     "default": (None, "no flag", {}, []),
-    "component": ("default", "largest component only", {}, ["--largest-component"]),
     "width32": ("default", "twice the width, two poolings", {"width": 32, "depth": 2, "epochs": 8}, []),
     "stem2": ("default", "blocks of 2 x 2 voxels instead of 4 x 4", {"stem": 2, "epochs": 6}, []),
     "stem2_batch8": ("stem2", "8 slices a batch instead of 16", {"batch_size": 8}, []),
@@ -39,9 +38,6 @@ ROWS = {
     "volume_component": ("volume", "largest component only", {}, ["--largest-component"]),
     "volume_short": ("volume", "36 epochs instead of 64", {"epochs": 36}, []),
     "volume_short_component": ("volume_short", "largest component only", {}, ["--largest-component"]),
-    "volume_stem2": ("volume_short", "blocks of 2 x 2 x 2 voxels", {
-        "stem": 2, "width": 16, "depth": 3, "epochs": 18}, []),
-    "volume_coarse": ("volume_stem2", "voxels of 1.25 mm, no stem", {"spacing": 1.25, "stem": 1}, []),
     # The recipe that this project started from (see train.py), for about as long as the default takes.
     "seed": (None, "the first recipe: no norm, Dice loss, Adam 1e-4", {
         "width": 64, "depth": 3, "stem": 1, "norm": "none", "loss": "dice", "lr": 1e-4, "schedule": "constant",
