@@ -276,7 +276,7 @@ def memory(s: dict, device: torch.device) -> dict:
     few, many = s["scans"]
     sources = {count: scans(count, s["shape"]) for count in s["scans"]}
     for source in sources.values():
-        train.load_data(brief(source, ""))  # caching is another row
+        train.load_data(brief(source, ""))  # into the cache, whose filling is not measured
     checks, raw = [], {}
     for method in ("fork", "spawn"):
         peaks = {count: [peak_memory(train_briefly, source, many // count, device.type, method=method)
