@@ -1,6 +1,6 @@
 """The ladder: recipes, one change a row, each to be measured with several seeds.
 
-    python benchmarks/accuracy.py --data DIR                            # all rows, seeds 0, 1, 2: days on two cores
+    python benchmarks/accuracy.py --data DIR                            # all rows, seeds 0, 1, 2: many hours
     python benchmarks/accuracy.py --data DIR --only short --seeds 0     # one run of one row
     python benchmarks/accuracy.py --data DIR --only short --fold 1      # another part of the scans is scored
     python benchmarks/accuracy.py --data DIR --limit-batches 2          # a dry run: 1 epoch of 2 batches, in runs/dry

@@ -28,6 +28,8 @@ import predict
 import train
 
 GOAL = 0.90
+MONAI_2D = {"spatial_dims": 2, "in_channels": 1, "out_channels": 1}  # its networks, as its 2D tutorials have them
+MONAI_LEVELS = MONAI_2D | {"channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2)}
 PRECISION = predict.pick_precision("auto", torch.device("cpu"))  # of MONAI's validation
 Side = Iterator[tuple[int, Callable[[], float]]]  # after each step: how many slices it saw, and how to validate
 
@@ -98,8 +100,7 @@ def monai_side(s: dict) -> Side:
     workers = train.parse_args(["--data", ""]).workers
     loader = monai_data.DataLoader(train_set, batch_size=2, shuffle=True, num_workers=workers,  # 4 crops of each scan
                                    persistent_workers=workers > 0)
-    net = UNet(spatial_dims=2, in_channels=1, out_channels=1, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2),
-               num_res_units=2)
+    net = UNet(**MONAI_LEVELS, num_res_units=2)
     step = plain_step(net, DiceCELoss(sigmoid=True), 1e-3)
     window = SliceInferer(spatial_dim=2, roi_size=s["crop"], sw_batch_size=64)
 

@@ -1,7 +1,7 @@
 """Time and memory of each stage against what a user would pick instead: MONAI, and the plain form (minutes.py).
 
     python benchmarks/speed.py [--rows step data] [--device cuda]     # benchmarks/results/speed/speed_cpu.json
-    python benchmarks/speed.py --rows minutes --data DIR              # trains on real scans, up to an hour
+    python benchmarks/speed.py --rows minutes --data DIR              # trains on real scans: an hour or more
     python benchmarks/speed.py --help                                 # a line for each row
 
 The sides of a comparison take turns, A B, B A, ..., after a warm-up of each; a ratio is of neighbours in time, so that
@@ -33,7 +33,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from minutes import GOAL, PlainSlices, plain_step, race
+from minutes import GOAL, MONAI_2D, MONAI_LEVELS, PlainSlices, plain_step, race
 from record import RESULTS, ROOT, commit, hardware
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -187,10 +187,9 @@ def monai(s: dict, device: torch.device) -> dict:
     from monai.networks import nets
 
     (image, mask), (_, *networks) = samples(s, device), s["networks"]
-    levels = {"spatial_dims": 2, "in_channels": 1, "out_channels": 1}
-    wide = {**levels, "channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2)}
     checks, raw = [], {}
-    for theirs in (nets.BasicUNet(**levels), nets.UNet(**wide, num_res_units=2), nets.AttentionUnet(**wide)):
+    for theirs in (nets.BasicUNet(**MONAI_2D), nets.UNet(**MONAI_LEVELS, num_res_units=2),
+                   nets.AttentionUnet(**MONAI_LEVELS)):
         name = type(theirs).__name__
         sides = {"theirs": partial(plain_step(theirs.to(device), MonaiDice(sigmoid=True)), image, mask)}
         for ours, network in zip(("default", "classical"), networks, strict=True):

@@ -104,7 +104,8 @@ def test_memory_is_seen():
 
 @pytest.mark.slow
 def test_memory_row(tmp_path):
-    assert "memory" in measured(tmp_path, "memory")
+    checks = measured(tmp_path, "memory")["memory"]["checks"]
+    assert [line["what"].split(", ")[1] for line in checks] == ["fork", "fork", "spawn", "spawn"]
 
 
 def test_a_goal_is_held_against_the_median():
