@@ -71,7 +71,8 @@ def measured(folder, *rows, more=()):
     for row in content.values():
         assert {"command", "commit", "hardware", "date", "versions", "raw"} <= row.keys()
         for line in row["checks"]:
-            assert len(line["values"]) == 1 and line["median"] > 0 and ("met" in line) == bool(line["goal"])
+            assert len(line["values"]) == 1 and ("met" in line) == bool(line["goal"])
+            assert line["median"] > 0 or "each further scan" in line["what"]  # a difference, at this size of noise
     return content
 
 
