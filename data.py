@@ -437,12 +437,19 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
     return CachedScan(pair.name, folder)
 
 
+def cpu_count() -> int:
+    """Cores that this process may use: fewer than there are under taskset, in a container, in a job of a cluster."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_scans(pairs: Sequence[Pair], how: dict, folder: str | Path) -> list[CachedScan]:
     """`cache_scan` for a whole data set, on up to four cores: reading and unzipping release Python's lock.
 
     No thread parses the header of a .npy file: before Python 3.11.8 and 3.12.2 that fails at random (gh-106905).
     """
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, cpu_count())) as pool:
         jobs = pool.map(partial(cache_scan, how=how, cache_folder=Path(folder)), pairs)
         return list(tqdm(jobs, "reading", len(pairs), unit="scan", leave=False, disable=None))
 
@@ -534,10 +541,12 @@ class SliceDataset(Dataset):
         size: (H, W) of every sample; a slice is cropped or padded to it.
         augment: see `augmenter`.
         seed: of the augmentation.
+        samples: how many there are at least: each slice comes as often as that takes, each time augmented otherwise.
     """
 
-    def __init__(self, scans: Sequence[CachedScan], size: Sequence[int], *, augment: str = "none", seed: int = 0):
-        self.scans, self.size, self.seed = list(scans), tuple(size), seed
+    def __init__(self, scans: Sequence[CachedScan], size: Sequence[int], *, augment: str = "none", seed: int = 0,
+                 samples: int = 1):
+        self.scans, self.size, self.seed, self.samples = list(scans), tuple(size), seed, samples
         self.table = [(i, d) for i, scan in enumerate(self.scans) for d in range(len(scan.open("image")))]
         self.augment = augmenter(augment)
         # In shared memory, so that workers that live through all epochs (persistent_workers) see it change.
@@ -548,7 +557,7 @@ class SliceDataset(Dataset):
         self.epoch[0] = epoch
 
     def __len__(self) -> int:
-        return len(self.table)
+        return math.ceil(self.samples / len(self.table)) * len(self.table)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         rng = np.random.default_rng([self.seed, int(self.epoch[0]), index])
@@ -558,7 +567,7 @@ class SliceDataset(Dataset):
 
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Image and mask of a sample as they lie in the cache: here (H, W)."""
-        i, d = self.table[index]
+        i, d = self.table[index % len(self.table)]
         return self.scans[i].open("image")[d], self.scans[i].open("mask")[d]
 
 
@@ -581,7 +590,7 @@ class PatchDataset(SliceDataset):
         self.table = [i for i, scan in enumerate(self.scans) for _ in range(math.ceil(scan.open("mask").size / patch))]
 
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        scan = self.scans[self.table[index]]
+        scan = self.scans[self.table[index % len(self.table)]]
         image, mask = scan.open("image"), scan.open("mask")
         room = np.maximum(np.subtract(mask.shape, self.size), 0)  # the last place where a patch can begin
         start = rng.integers(room + 1)
