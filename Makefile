@@ -10,7 +10,7 @@ TRUTH := phantom/labelsTr/la_000.nii.gz
 
 demo: .venv/installed
 	$(BIN)/python phantom.py phantom --scans 15
-	$(BIN)/python train.py --data phantom --width 8 --batch-size 4 --epochs 12 --out $(RUN) --resume
+	$(BIN)/python train.py --data phantom --width 8 --batch-size 4 --steps 84 --epochs 12 --out $(RUN) --resume
 	$(BIN)/python predict.py phantom --checkpoint $(RUN)/last.pt --out $(RUN)/masks --labels phantom/labelsTr --held-out
 	$(BIN)/python visualize.py overlay $(SCAN) $(RUN)/masks/la_000.nii.gz $(TRUTH) --out $(RUN)/overlay.png
 	$(BIN)/python visualize.py movie $(SCAN) $(RUN)/masks/la_000.nii.gz $(TRUTH) --out $(RUN)/movie.gif

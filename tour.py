@@ -50,7 +50,7 @@ import visualize
 
 visualize.WIDTH = 600  # pixels of a picture: small, so that this page stays small
 # With TOUR_QUICK=1 all is smaller and shorter: so the tests run this notebook.
-SCANS, SIZE, EPOCHS = (5, 0.5, 1) if os.environ.get("TOUR_QUICK") else (15, 1, 7)
+SCANS, SIZE, EPOCHS, STEPS = (5, 0.5, 1, 8) if os.environ.get("TOUR_QUICK") else (15, 1, 7, 42)
 
 # %% [markdown]
 # ## 1. Look at a scan
@@ -90,8 +90,9 @@ visualize.planes(scan.array, [truth], scan.spacing)
 # %%
 args = train.parse_args(["--data", str(folder), "--cache", "runs/tour/cache", "--tensorboard", "runs/tour/logs",
                          "--out", "runs/tour/first", "--resume", "--epochs", str(EPOCHS),
-                         "--width", "16", "--batch-size", "8", "--workers", "0"])
-train_scans, val_scans, split, how = train.load_data(args)
+                         "--steps", str(STEPS), "--width", "16", "--batch-size", "8", "--workers", "0"])
+train_scans, val_scans, kept = train.load_data(args)
+how, split = kept["preprocess"], kept["split"]
 before = [data.read_scan(pair.image) for pair in pairs[:4]]
 after = [data.preprocess(one.array, one.spacing, how) for one in before]
 for name, volumes in {"before": [one.array for one in before], "after": after}.items():
@@ -189,11 +190,11 @@ for name, logits in {"exact": [99, 99, -99, -99], "half": [99, -99, -99, -99], "
 # %% [markdown]
 # ## 6. Train
 #
-# Now the network learns, for about two minutes. In each *epoch* it sees every training slice once, eight at a time.
-# After each eight it changes its numbers a little, so that the loss goes down. After each epoch it marks the scans of
-# the validation patients, and we compare.
+# Now the network learns, for about two minutes. It takes *steps*: in each it sees eight training slices, and changes
+# its numbers a little, so that the loss goes down. After 42 steps, here about as many as it takes to see every slice
+# once, an *epoch* ends: the network marks the scans of the validation patients, and we compare.
 #
-# While it runs, read its lines. *Organ 1.9% of 1.6%* means: it marked 1.9% of the voxels, and 1.6% are organ.
+# While it runs, read its lines. They also say how much it calls organ, and how much of the voxels is.
 
 # %%
 result = train.train(args)

@@ -365,12 +365,12 @@ def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], s
 
 
 @contextlib.contextmanager
-def only_warn() -> Iterator[None]:
+def only_warn(what: str) -> Iterator[None]:
     """Let the training go on where a picture or a log cannot be written: the weights are safe already."""
     try:
         yield
     except (OSError, DataError) as error:
-        warnings.warn(f"{error}; the training goes on without it", stacklevel=3)
+        warnings.warn(f"{what}: {error}; the training goes on", stacklevel=3)
 
 
 def write_log(run: Run, log: list[dict], rows: list[dict], writer: SummaryWriter) -> None:
@@ -386,15 +386,17 @@ def write_log(run: Run, log: list[dict], rows: list[dict], writer: SummaryWriter
     if epoch < run.args.epochs:
         parts.append(time_left((run.args.epochs - epoch) * seconds))
     say("  ".join(parts))
-    with only_warn():
+    with only_warn("log"):
         data.write_csv(run.out / "log.csv", [{"epoch": n, **row} for n, row in enumerate(log, start=1)])
-    with only_warn():
+    figure = draw_panels(rows[:4]) if rows else None
+    with only_warn("picture"):
+        if figure:
+            visualize.save(figure, run.out / "validation.png")
+    with only_warn("TensorBoard"):
         for name, value in row.items():
             writer.add_scalar(name, value, epoch)
-        if rows:
-            figure = draw_panels(rows[:4])
+        if figure:
             writer.add_image("validation", visualize.rgb(figure), epoch, dataformats="HWC")
-            visualize.save(figure, run.out / "validation.png")
         writer.flush()
 
 
@@ -431,6 +433,8 @@ def prepare(args: argparse.Namespace) -> Run:
         if device.type == "cuda":
             torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    precision = predict.pick_precision(args.precision, device)                          # Trainer(precision=)
+    predict.keep_freed_memory()
     workers = share_cores(args, device)
     machine = describe(device, workers, world_size)
     say("\n".join(f"{name:10} {value}" for name, value in machine.items()))
@@ -438,11 +442,9 @@ def prepare(args: argparse.Namespace) -> Run:
     saved = find_checkpoint(args)                                                       # Trainer.fit(ckpt_path=)
     train_scans, val_scans, kept = load_data(args, saved)                               # DataModule.setup
     size = kept["preprocess"]["size"]
-    precision = predict.pick_precision(args.precision, device)                          # Trainer(precision=)
     lowest = math.ceil(size[0] / (args.stem * 2**args.depth))  # depth of the maps there, of a padded patch
     if args.dims == 3 and device.type == "cpu" and (lowest == 2 or lowest == 1 and args.depth > 0):
         precision = torch.float32  # PyTorch's bfloat16 gradients are wrong at a depth of 2 there: see the README
-    predict.keep_freed_memory()
     dataset = data.SliceDataset if args.dims == 2 else data.PatchDataset
     train_set = dataset(train_scans, size, augment="none" if args.overfit else args.augment, seed=args.seed,
                         samples=args.steps * args.batch_size)
@@ -452,7 +454,7 @@ def prepare(args: argparse.Namespace) -> Run:
         train_set, args.batch_size // world_size, num_workers=workers, persistent_workers=workers > 0,
         # The order depends on (seed, epoch) alone; of each batch, every process takes its share.
         sampler=DistributedSampler(train_set, world_size, rank, seed=args.seed, drop_last=True), drop_last=True,
-        pin_memory=device.type == "cuda", worker_init_fn=partial(start_worker, device.type))
+        pin_memory=device.type == "cuda", worker_init_fn=partial(start_worker, args.dims == 3 and device.type == "cpu"))
     say(f"data       {len(train_scans)} scans to train on, {len(val_scans)} to validate on; batches of "
         f"{args.batch_size} {'slices' if args.dims == 2 else 'patches'} of {' x '.join(map(str, size))}")
 
@@ -510,11 +512,11 @@ def share_cores(args: argparse.Namespace, device: torch.device) -> int:
     return workers
 
 
-def start_worker(device: str, _: int) -> None:
-    """In a worker: Ctrl-C is for the main process, which ends its workers; beside a CPU's training, give way to it."""
+def start_worker(polite: bool, _: int) -> None:
+    """In a worker: Ctrl-C is for the main process, which ends its workers; if polite, give way to its threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if device == "cpu" and hasattr(os, "nice"):
-        os.nice(19)
+    if polite and hasattr(os, "nice"):  # not on Windows
+        os.nice(10)
 
 
 def describe(device: torch.device, workers: int, world_size: int) -> dict[str, str]:
@@ -775,7 +777,7 @@ def train(args: argparse.Namespace) -> dict:
     if run.rank > 0:
         return {}
     result = predict.load_checkpoint(run.out / "last.pt") | {"out": str(run.out)}
-    with only_warn():
+    with only_warn("picture"):
         visualize.save(visualize.curves(result["log"]), run.out / "curves.png")
     say(closing(args, result, time.perf_counter() - started))
     return result

@@ -45,7 +45,8 @@ def run_args(phantoms, tmp_path):
     """Arguments of a tiny run: seconds on one core."""
     folders = ["--cache", str(tmp_path / "cache"), "--tensorboard", str(tmp_path / "logs")]
     folders += ["--out", str(tmp_path / "run")]
-    tiny = ["--width", "4", "--depth", "2", "--epochs", "2", "--batch-size", "8", "--folds", "3", "--precision", "fp32"]
+    tiny = ["--width", "4", "--depth", "2", "--epochs", "2", "--steps", "7", "--batch-size", "8", "--folds", "3"]
+    tiny += ["--precision", "fp32"]
     return ["--data", str(phantoms), *folders, *tiny, "--workers", "0", "--device", "cpu"]
 
 
@@ -73,4 +74,4 @@ def without_pictures(set_attribute=setattr):
 def quick(run_args, phantoms, monkeypatch):
     """Arguments of a run of two epochs of four steps, with a common cache and without pictures: half a second."""
     without_pictures(monkeypatch.setattr)
-    return [*run_args, "--cache", str(phantoms.parent / "cache"), "--limit-batches", "4"]
+    return [*run_args, "--cache", str(phantoms.parent / "cache"), "--steps", "4"]

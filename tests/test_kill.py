@@ -1,4 +1,4 @@
-"""Runs that are ended from outside: the checkpoint is whole at any moment, and resume goes on to the bit."""
+"""Runs that are ended from outside, or run out of disk: the checkpoint is whole at any moment, and resume goes on."""
 
 import itertools
 import os
@@ -16,12 +16,14 @@ import data
 import predict
 import train
 
+resource = pytest.importorskip("resource", reason="signals and limits as POSIX has them")
 RUN = ["--epochs", "3", "--augment", "none"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def life(arguments, fatal, number, shown):
     """A run that gets a signal at its n-th event: a scan, a step, a validation, or half-way through a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
     os.setpgrp()  # so that workers get the signal, too, as from a terminal
     os.dup2(os.open(shown, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     without_pictures()
@@ -95,3 +97,35 @@ def test_last_is_saved_after_best(quick, monkeypatch):
     monkeypatch.setattr(data, "write_atomically", lambda path, content: names.append(path.name) or write(path, content))
     train.train(train.parse_args([*quick, "--epochs", "1"]))
     assert names.index("best.pt") < names.index("last.pt")
+
+
+def short_of_disk(arguments, bytes_left, shown):
+    """A run none of whose files may grow beyond so many bytes, as on a disk that is nearly full."""
+    for stream in (1, 2):
+        os.dup2(os.open(shown, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, bytes_left))
+    sys.exit(train.main(arguments))
+
+
+@pytest.mark.parametrize("engine", ["loop", "lightning"])
+def test_where_the_disk_is_full_weights_come_first_and_pictures_may_fail(quick, tmp_path, engine):
+    """A picture that cannot be written is a note. A checkpoint that cannot ends the run, and the last one stays."""
+    job, shown = [*quick, "--width", "2", "--depth", "1", "--engine", engine], tmp_path / "shown"
+
+    def live(epochs, room):
+        shown.unlink(missing_ok=True)
+        arguments = [*job, "--epochs", str(epochs), "--schedule", "constant", "--resume"]
+        process = server.Process(target=short_of_disk, args=(arguments, room, shown))
+        process.start()
+        process.join(120)
+        return process.exitcode, shown.read_text()
+
+    code, told = live(2, 60_000)  # more than a checkpoint, less than a picture
+    assert code == 0 and "Traceback" not in told, told
+    assert told.count("File too large; the training goes on") >= 2
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    assert len(predict.load_checkpoint(tmp_path / "run" / "last.pt")["log"]) == 2
+    code, told = live(3, 5_000)
+    assert code == 2 and "Traceback" not in told and "File too large" in told.splitlines()[-1], told
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before and not list((tmp_path / "run").glob(".*"))
+    assert live(3, resource.RLIM_INFINITY)[0] == 0

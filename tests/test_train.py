@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ import warnings
 from itertools import product
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,7 @@ def test_what_a_run_leaves(run_args, tmp_path, capsys):
     import torch._dynamo  # noqa: F401  the optimiser imports it, and with it sympy, which sets a filter
 
     before, seed_before = here(), np.random.get_state()[1].copy()
-    result = run(*run_args, "--limit-batches", 2, "--augment", "none")
+    result = run(*run_args, "--steps", 2, "--augment", "none")
     assert here() == before and (np.random.get_state()[1] == seed_before).all()
     shown, out = capsys.readouterr(), tmp_path / "run"
     assert shown.err == "" and shown.out.isascii()  # progress bars are for terminals
@@ -62,7 +64,12 @@ def test_what_a_run_leaves(run_args, tmp_path, capsys):
     assert same(checkpoint["model"], result["model"]) and result["out"] == str(out)
     assert checkpoint["network"] | {"width": 4, "depth": 2, "dims": 2, "stem": 2} == checkpoint["network"]
     assert checkpoint["preprocess"]["axis"] == 2 and len(checkpoint["preprocess"]["size"]) == 2
-    assert checkpoint["args"] == json.loads((out / "args.json").read_text()) and checkpoint["args"]["lr"] == 4e-3
+    (start,) = json.loads((out / "args.json").read_text())
+    assert start == checkpoint["args"] | {"machine": checkpoint["machine"]} and start["lr"] == 4e-3
+    # Versions, hardware, how long, and how to go on: all that somebody who reads a pasted log asks for.
+    assert all(line in shown.out for line in checkpoint["machine"].values())
+    assert torch.__version__ in start["machine"]["versions"] and "GB" in start["machine"]["device"]
+    assert "min left, until" in shown.out
     split = json.loads((out / "split.json").read_text())
     assert checkpoint["split"] == split
     assert split == {"train": ["la_001", "la_002", "la_004", "la_005"], "val": ["la_000", "la_003"]}
@@ -77,9 +84,11 @@ def test_what_a_run_leaves(run_args, tmp_path, capsys):
     masks = [data.read_mask(pair.label, data.read_scan(pair.image)) for pair in data.find_pairs(run_args[1])[::3]]
     truth = sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
     assert log[0]["val/foreground_truth"] == pytest.approx(truth) and 0 <= log[0]["val/foreground_prediction"] <= 1
-    assert f"organ {log[1]['val/foreground_prediction']:.2%} of {truth:.2%}" in shown.out
+    called = 100 * log[1]["val/foreground_prediction"]
+    assert f"called organ {called:.2f} % of the voxels (truth {100 * truth:.2f} %)" in shown.out
 
-    events = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
+    (folder,) = (tmp_path / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
     assert set(events.Tags()["scalars"]) == set(log[0])
     assert {name.split("/")[0] for name in log[0]} == {"train", "val", "system"}
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
@@ -106,11 +115,11 @@ def test_stopped_after_two_epochs_and_resumed_a_run_ends_as_if_left_alone(quick,
     job = [*common, "--out", str(tmp_path / "parts")]
     alone, epochs, evaluate = run(*common, "--out", tmp_path / "alone"), [], train.evaluate
 
-    def stop(net, scans, *rest):
-        epochs.append(len(list(scans)))
+    def stop(run, scans):
+        epochs.append(len(scans))
         if sum(epochs) > 4:  # two epochs of two scans are done
             raise KeyboardInterrupt
-        return evaluate(net, scans, *rest)
+        return evaluate(run, scans)
 
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "evaluate", stop)
@@ -143,7 +152,7 @@ def test_fine_voxels_enter_in_larger_blocks(write_nifti, tmp_path, changes, stem
         write_nifti(tmp_path / kind / f"{name}.nii.gz", squares, np.diag([0.6, 0.6, 3, 1]))
     command = f"--data {tmp_path} --cache {tmp_path}/cache --folds 2 --depth 1 {changes}"
     args = train.parse_args(command.split())
-    size = train.load_data(args)[3]["size"]
+    size = train.load_data(args)[2]["preprocess"]["size"]
     assert args.stem == stem and all(length % (2 * stem) == 0 for length in size)
 
 
@@ -155,7 +164,7 @@ def test_seed_decides_and_workers_do_not(quick, tmp_path):
 
 def test_it_overfits_one_scan(quick):
     """If one scan cannot be learnt by heart, nothing else can be."""
-    changes = "--limit-batches 99 --overfit 1 --epochs 32 --width 8 --batch-size 2 --lr 1e-2"
+    changes = "--steps 7 --overfit 1 --epochs 32 --width 8 --batch-size 2 --lr 1e-2"
     result = run(*quick, *changes.split())
     assert list(result["scans"]) == ["la_001"] and result["log"][-1]["val/dice"] > 0.8
     assert result["log"][-1]["train/loss"] < 0.4 * result["log"][0]["train/loss"]
@@ -164,7 +173,7 @@ def test_it_overfits_one_scan(quick):
 @pytest.mark.parametrize("loss", ["dice", "bce_dice"])
 def test_it_learns_the_phantom(quick, loss):
     """A floor for scans that were never seen; what is called organ is about as much as there is."""
-    changes = "--limit-batches 99 --epochs 12 --width 8 --batch-size 4 --lr 1e-2 --augment none --loss"
+    changes = "--steps 14 --epochs 12 --width 8 --batch-size 4 --lr 1e-2 --augment none --loss"
     row = run(*quick, *changes.split(), loss)["log"][-1]
     assert row["val/dice"] > 0.6 and 0.5 < row["val/foreground_prediction"] / row["val/foreground_truth"] < 2
 
@@ -195,25 +204,21 @@ def test_best_is_the_first_epoch_of_the_highest_dice_for_both_engines(quick, tmp
         assert [row["val/dice"] for row in best["log"]] == pytest.approx(scores[:2])
 
 
-def test_steps_of_an_epoch(quick, tmp_path, monkeypatch):
-    """58 slices are 7 batches of 8; two batches a step are 4 steps, the last of one batch; a limit comes first."""
+@pytest.mark.parametrize("steps", [3, 20])
+def test_an_epoch_has_its_steps_however_many_slices_there_are(quick, tmp_path, monkeypatch, steps):
+    """58 slices, 8 a step: where they do not suffice each comes as often as the others, augmented otherwise."""
     clip, count = torch.nn.utils.clip_grad_norm_, []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: count.append(1) or clip(*args))
-    for limit, accumulate, steps in ((99, 1, 7), (99, 2, 4), (3, 2, 2), (3, 5, 1)):
-        count.clear()
-        job = [*quick, "--limit-batches", limit, "--accumulate", accumulate, "--epochs", 1, "--overfit", 4]
-        prepared = train.prepare(train.parse_args([*map(str, job), "--out", f"{tmp_path}/{limit}-{accumulate}"]))
-        assert (prepared.steps, len(prepared.train_set)) == (steps, 58)
-        train.fit_loop(prepared)
-        assert len(count) == steps
-
-
-def test_two_batches_of_four_are_one_of_eight(quick, tmp_path):
-    common = [*quick, "--loss", "bce", "--norm", "instance", "--augment", "none", "--epochs", "1", "--clip", "0"]
-    one = run(*common, "--out", tmp_path / "one")
-    two = run(*common, "--batch-size", 4, "--accumulate", 2, "--limit-batches", 8, "--out", tmp_path / "two")
-    assert one["log"][0]["train/loss"] == pytest.approx(two["log"][0]["train/loss"], rel=1e-4)
-    assert max((one["model"][name] - two["model"][name]).abs().max() for name in one["model"]) < 1e-3
+    run = train.prepare(train.parse_args([*quick, "--steps", str(steps), "--epochs", "1"]))
+    train.fit_loop(run)
+    dataset, seen = run.loader.dataset, list(run.loader.sampler)[: 8 * steps]
+    assert len(count) == steps and len(set(seen)) == 8 * steps and len(dataset) % len(dataset.table) == 0
+    assert len(dataset) - 8 * steps < len(dataset.table)
+    if steps == 20:
+        one, again = dataset[5], dataset[5 + len(dataset.table)]
+        assert not torch.equal(one[0], again[0])
+        dataset.augment = data.augmenter("none")
+        assert torch.equal(dataset[5][0], dataset[5 + len(dataset.table)][0])
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -234,7 +239,7 @@ def test_resume_is_refused_where_arguments_or_data_are_others(quick, phantoms, t
     before = snapshot(out)
     refuse(capsys, quick, "add --resume")
     for name, value in (("--width", 8), ("--lr", 1e-3), ("--seed", 7), ("--fold", 1), ("--engine", "lightning"),
-                        ("--augment", "none"), ("--limit-batches", 5), ("--batch-size", 4)):
+                        ("--augment", "none"), ("--steps", 5), ("--batch-size", 4)):
         refuse(capsys, [*quick, "--resume", name, value], name.strip("-").replace("-", "_"))
     with monkeypatch.context() as patch:  # the same names, another spacing
         survey = data.survey
@@ -247,6 +252,48 @@ def test_resume_is_refused_where_arguments_or_data_are_others(quick, phantoms, t
     moved = out.rename(tmp_path / "moved")
     longer = run(*quick, "--resume", "--out", moved, "--epochs", 3, "--workers", 1, "--cache", tmp_path / "other")
     assert longer["log"][2]["train/lr"] == pytest.approx(4e-3 * train.lr_at(11, 12))
+
+
+def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms, tmp_path, capsys, monkeypatch):
+    """More epochs, a label that was redrawn, a scan that was added: told. A scan that is gone: refused."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which `main` sets
+    copy = shutil.copytree(phantoms, tmp_path / "copy")
+    job = [*quick, "--data", str(copy), "--epochs", "1"]
+    assert train.main(job) == 0
+    split = (tmp_path / "run" / "split.json").read_text()
+    label = copy / "labelsTr" / "la_001.nii.gz"
+    image = nib.load(label)
+    nib.save(type(image)(np.roll(np.asarray(image.dataobj), 1, axis=0), image.affine, image.header), label)
+    for kind in ("imagesTr", "labelsTr"):
+        shutil.copy(copy / kind / "la_003.nii.gz", copy / kind / "la_0000.nii.gz")
+    capsys.readouterr()
+    assert train.main([*job, "--resume", "--epochs", "3"]) == 0
+    told = capsys.readouterr().err
+    assert "1 scans (la_0000): added since the run began" in told and "1 scans (la_001): changed" in told
+    assert "--epochs was 1, is 3: the learning rate goes on at" in told and told.count("note:") == 3
+    assert (tmp_path / "run" / "split.json").read_text() == split
+    starts = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert [start["epochs"] for start in starts] == [1, 3]
+    assert train.main([*job, "--resume", "--epochs", "2"]) == 0 and "nothing is left to do" in capsys.readouterr().err
+    for kind in ("imagesTr", "labelsTr"):
+        (copy / kind / "la_004.nii.gz").unlink()
+    refuse(capsys, [*job, "--resume"], "1 scans (la_004): the run began with it")
+
+
+def test_each_run_folder_has_its_own_place_in_tensorboard(quick, tmp_path, monkeypatch):
+    """`--out a/run`, `b/run`, `.`: three, all below --tensorboard; a run that goes on finds its own again."""
+    monkeypatch.chdir(tmp_path)
+    for out in ("a/run", "b/run", ".", "a/../a/run"):
+        run(*quick, "--epochs", 1 + out.count(".."), "--out", out, "--resume", "--tensorboard", "events")
+    assert len(list(Path("events").iterdir())) == 3 and not Path("logs").exists()
+    assert all(path.is_dir() for path in Path("events").iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--tensorboard", "--out"])
+def test_a_place_that_cannot_be_made_is_told_before_the_work(quick, tmp_path, capsys, monkeypatch, flag):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(data, "cache_scans", lambda *_: pytest.fail("the work has begun"))
+    refuse(capsys, [*quick, flag, tmp_path / "file" / "logs"], "file/logs: Not a directory")
 
 
 def test_a_checkpoint_alone_is_not_overwritten(quick, tmp_path, capsys):
@@ -270,7 +317,7 @@ def test_of_two_runs_at_once_one_gets_the_folder_and_without_out_each_its_own(qu
     folders = []
     for pid in (11, 12):
         monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
-        folders.append(train.claim_folder(train.parse_args(quick[:where] + quick[where + 2 :])))
+        folders.append(train.claim_folder(train.parse_args(quick[:where] + quick[where + 2 :]), {}))
     assert folders[0] != folders[1] and all((folder / "args.json").exists() for folder in folders)
 
 
@@ -300,14 +347,14 @@ def test_on_a_cpu_no_level_of_depth_two_is_trained_in_bfloat16(quick, monkeypatc
     """PyTorch's gradient of a 3D convolution is wrong there."""
     monkeypatch.setattr(predict, "pick_precision", lambda *_: torch.bfloat16)
     prepared = train.prepare(train.parse_args([*quick, *VOLUME, *changes.split()]))
-    assert str(prepared.precision) == f"torch.{chosen}" and f"cpu, {chosen}, 1 process" in capsys.readouterr().out
+    assert str(prepared.precision) == f"torch.{chosen}" and f"parameters, {chosen}" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["loop", "lightning"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_cuda_learns_and_resumes(quick, tmp_path, precision, engine):
-    job = [*quick, "--device", "cuda", "--precision", precision, "--engine", engine, "--limit-batches", "99"]
+    job = [*quick, "--device", "cuda", "--precision", precision, "--engine", engine, "--steps", "7"]
     job += ["--overfit", "1", "--width", "8", "--batch-size", "4", "--lr", "1e-2", "--schedule", "constant"]
     run(*job, "--epochs", 12)
     result = run(*job, "--epochs", 24, "--resume", "--workers", 2)
