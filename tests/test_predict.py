@@ -80,7 +80,7 @@ def test_an_ideal_network_gives_back_the_truth(scan_and_truth, checkpoint, tmp_p
     source, written = nib.load(scan), nib.load(tmp_path / "out" / "kept.nii.gz")
     assert np.array_equal(np.asarray(written.dataobj), truth)
     assert written.get_data_dtype() == np.uint8 and written.shape == source.shape
-    assert (written.dataobj.slope, written.dataobj.inter) == (1, 0) and written.header["cal_max"] == 0
+    assert (written.dataobj.slope, written.dataobj.inter) == (1, 0) and written.header["cal_max"] == 1
     assert np.array_equal(written.affine, source.affine)
     for field in ("qform_code", "sform_code", "xyzt_units", "pixdim"):
         assert np.array_equal(written.header[field], source.header[field]), field
