@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -28,7 +29,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +46,16 @@ from tqdm import tqdm
 PLANES = ("LIP", "PIL", "SPL")
 # ... and which of the patient's axes that is: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
 PATIENT_AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
-CACHE_VERSION = 2  # Part of every cache key: raise it when `preprocess` changes.
+CACHE_VERSION = 3  # Part of every cache key: raise it when `preprocess` changes, or what is refused.
+NIFTI = (".nii", ".nii.gz")
+# What a scan that is no NIfTI is, what makes one of it, and the endings by which it is known.
+FOREIGN = {
+    "NRRD or MetaImage; convert it with 3D Slicer or SimpleITK": (".nrrd", ".nhdr", ".mha", ".mhd"),
+    "Analyze or FreeSurfer's; convert it with mri_convert or 3D Slicer": (".hdr", ".img", ".mgz", ".mgh"),
+    "DICOM; convert its folder with dcm2niix": (".dcm", ".ima"),
+    "compressed otherwise; unpack it with bunzip2, unxz, unzip or unzstd": (".bz2", ".xz", ".zip", ".zst"),
+    "a folder, where a scan is one file; docs/challenge.md makes that of a folder a patient": ("/",),
+}
 
 
 class DataError(ValueError):
@@ -96,20 +105,38 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
     table = csv.DictWriter(text := io.StringIO(), list(rows[0]))
     table.writeheader()
     table.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))  # a file's name may be no UTF-8
+
+
+def foreign(path: Path) -> str | None:
+    """What a scan or folder is that is no NIfTI file, and what to do with it; None for any other file."""
+    name = path.name.lower()
+    if name.endswith(NIFTI):
+        return None
+    if path.is_dir():
+        name += "/"
+    elif path.is_file():
+        with path.open("rb") as file:  # many files of scanners have no ending
+            name += ".dcm" * file.read(132).endswith(b"DICM")
+    return next((told for told, endings in FOREIGN.items() if name.endswith(endings)), None)
 
 
 def nifti_files(folder: Path) -> list[Path]:
     """NIfTI files of a folder, sorted; hidden ones (`._la_003.nii.gz` of macOS archives) are left out.
+
+    Scans in other formats, and folders, are left out with a warning: how many, the first, and what converts it.
 
     Raises:
         DataError: a folder that cannot be read, or holds no such file.
     """
     with one_line(folder):
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    scans = [path for path in paths if path.name.lower().endswith((".nii", ".nii.gz"))]
-    others = ", ".join(path.name for path in paths[:3]) or "nothing"
-    require(scans, f"{folder}: holds no .nii or .nii.gz file, but {others}; convert other formats to NIfTI")
+        scans = [path for path in paths if path.name.lower().endswith(NIFTI)]
+        others = [f"{path.name}: {kind}" for path in paths if (kind := foreign(path))]
+    first = [*others, *(path.name for path in paths), "nothing"][0]
+    require(scans, f"{folder}: holds no .nii or .nii.gz file, but {first}")
+    if others:
+        warnings.warn(f"{folder}: {len(others)} left out, for they are no NIfTI files: {first}", stacklevel=2)
     return scans
 
 
@@ -117,13 +144,15 @@ def by_name(paths: Sequence[Path]) -> dict[str, Path]:
     """Files by scan name: without `.nii.gz`, and without `_0000`, nnU-Net's number of the channel, if all end so.
 
     Raises:
-        DataError: two files of one name.
+        DataError: two files of one name, or of names that Windows and macOS take for one (A and a).
     """
     names = [re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE) for path in paths]
     if all(name.endswith("_0000") for name in names):
         names = [name.removesuffix("_0000") for name in names]
-    twice = [str(path) for name, path in zip(names, paths, strict=True) if names.count(name) > 1]
-    require(not twice, f"{', '.join(twice)}: scans of the same name; rename or remove all but one")
+    seen: dict[str, Path] = {}
+    for name, path in zip(names, paths, strict=True):
+        first = seen.setdefault(name.casefold(), path)
+        require(first is path, f"{first}, {path}: scans of the same name; rename or remove one")
     return dict(zip(names, paths, strict=True))
 
 
@@ -131,11 +160,11 @@ def match_files(root: str | Path) -> tuple[list[Pair], list[str]]:
     """Pairs of a labelled data set, sorted by name, and a line for each kind of file that has no partner."""
     root = Path(root)
     require(root.is_dir(), f"{root}: not a folder; give one with imagesTr/ and labelsTr/ (phantom.py writes one)")
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-    found, tail = ", ".join(folders) or "no folder", "Tr" if "labelsTr" in folders else ""
+    found = listed(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folder"
+    tail = "Tr" if (root / "labelsTr").is_dir() else ""
     images, labels = root / f"images{tail}", root / f"labels{tail}"
-    both = images.is_dir() and labels.is_dir()
-    require(both, f"{root}: holds {found}; expected imagesTr/ and labelsTr/, or images/ and labels/")
+    require(images.is_dir() and labels.is_dir(), f"{root}: holds {found}; expected imagesTr/ and labelsTr/, or images/ "
+            "and labels/ (docs/challenge.md: of a folder a patient)")
     scans, masks = by_name(nifti_files(images)), by_name(nifti_files(labels))
     problems = []
     for folder, have, lack, other in ((images, scans, masks, labels), (labels, masks, scans, images)):
@@ -176,8 +205,7 @@ def split_scans(names: Sequence[str], folds: int, fold: int | str) -> dict[str, 
 # ---------------------------------------------------------------------------------------------------- scans and masks
 
 
-@dataclass(frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """A volume on upright axes, and the way back to its file's own."""
 
     array: np.ndarray  # float32 (D, H, W)
@@ -193,6 +221,8 @@ class Scan:
 
 def open_nifti(path: str | Path) -> nib.Nifti1Image:
     """Header of a NIfTI file that holds one volume; the voxels stay on disk. Raises DataError for any other file."""
+    kind = foreign(Path(path))
+    require(not kind, f"{path}: {kind}")
     try:
         image, on_disk = nib.load(path), os.stat(path).st_size
         if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
@@ -202,15 +232,16 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
     shape, dtype = image.shape, image.get_data_dtype()
     claimed = image.dataobj.offset + math.prod(shape) * dtype.itemsize
     # A byte of a .gz file unpacks to 1,032 bytes at most: a header that claims more is wrong, and nothing is allocated.
-    possible = on_disk * (1032 if str(path).lower().endswith(".gz") else 1)
+    compressed = str(path).lower().endswith(".gz")
+    fits = 0 < claimed <= 1032 * on_disk if compressed else claimed == on_disk
     with np.errstate(all="ignore"):  # of a nonsense affine the answer is nan, which passes no comparison
         spacing = nib.affines.voxel_sizes(image.affine)  # along the file's axes
         volume = abs(np.linalg.det(image.affine[:3, :3] / spacing))  # of the axes as vectors of length 1
     require(len(shape) >= 3 and set(shape[3:]) <= {1}, f"{path}: shape is {shape}; expected one volume of three axes")
     require(dtype.kind in "iuf", f"{path}: voxels are {dtype}; expected integers or floats")
-    require(0 < claimed <= possible, f"{path}: its header claims {claimed:,} bytes, it has {on_disk:,}; copy it again")
-    told = f"a voxel is {listed(spacing, ' x ')} mm, expected 0.05 to 20; correct the affine (metres? microns?)"
-    require(((spacing >= 0.05) & (spacing <= 20)).all(), f"{path}: {told}")
+    require(fits, f"{path}: its header claims {claimed:,} bytes, it has {on_disk:,}; copy it again")
+    require(((spacing >= 0.05) & (spacing <= 20)).all(), f"{path}: a voxel is {listed(spacing, ' x ')} mm, expected "
+            "0.05 to 20; correct the affine (metres? microns?)")
     require(volume > 1e-3, f"{path}: the affine is singular, its axes lie in one plane; set the sform or qform")
     return image
 
@@ -220,17 +251,28 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def listed(values: np.ndarray, between: str = ", ") -> str:
-    """The first values of an array, for a message."""
-    return between.join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
+def listed(values: Sequence, between: str = ", ") -> str:
+    """The first of some numbers or names, for a message."""
+    words = [value if isinstance(value, str) else f"{value:g}" for value in values[:6]]
+    return between.join(words) + (", ..." if len(values) > 6 else "")
 
 
 def read_voxels(image: nib.Nifti1Image, path: str | Path) -> np.ndarray:
-    """The voxels as stored (I, J, K), in the file's dtype unless its header scales them."""
+    """The voxels as stored (I, J, K), in the file's dtype unless its header scales them.
+
+    A .gz file is read to its very end, since only there its check sum and its length are compared.
+    """
     try:
-        return np.asanyarray(image.dataobj).reshape(image.shape[:3])
+        if not str(path).lower().endswith(".gz"):
+            return np.asanyarray(image.dataobj).reshape(image.shape[:3])
+        with gzip.open(path) as stream:
+            array = np.asanyarray(type(image).from_stream(stream).dataobj).reshape(image.shape[:3])
+            if stream.read(1):
+                raise ValueError("bytes follow its last voxel")
+            return array
     except Exception as error:  # as in open_nifti
-        raise DataError(f"{path}: its voxels cannot be read ({first_line(error)}); copy it again") from None
+        reason = first_line(error).partition(" 0x")[0]  # without the two check sums
+        raise DataError(f"{path}: damaged ({reason}); copy it again") from None
 
 
 def upright(array: np.ndarray, affine: np.ndarray, axis: int) -> np.ndarray:
@@ -242,7 +284,7 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
     """Read a scan of any orientation onto the upright axes of `PLANES[axis]`.
 
     An oblique scan keeps its voxels and goes to the closest of the 48 orientations: nothing is interpolated.
-    NaN and infinite voxels become the lowest finite one, with a warning.
+    NaN and infinite voxels become the lowest finite one, with a warning. A scan of one value is read, too.
 
     Args:
         path: `.nii` or `.nii.gz`.
@@ -252,15 +294,22 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
         DataError: a file that is no NIfTI, damaged, not one volume of real numbers, or without a finite voxel.
     """
     image = open_nifti(path)
-    array = np.array(upright(read_voxels(image, path), image.affine, axis), np.float32, order="C")
-    finite = np.isfinite(array)
+    voxels = upright(read_voxels(image, path), image.affine, axis)
+    finite = np.isfinite(voxels)
     require(finite.any(), f"{path}: no voxel is finite; export it again")
     if not finite.all():
         count = np.count_nonzero(~finite)
         warnings.warn(f"{path}: {count} voxels are NaN or infinite; set to the lowest finite one", stacklevel=2)
-        array[~finite] = array[finite].min()
+        voxels = np.where(finite, voxels, voxels[finite].min())
+    check_range(float(voxels.min()), float(voxels.max()), f"{path}: ")  # before float32, which holds less
     spacing = np.array(patient_spacing(image))[list(PATIENT_AXES[axis])]
-    return Scan(array, tuple(spacing.tolist()), image, axis)
+    return Scan(np.array(voxels, np.float32, order="C"), tuple(spacing.tolist()), image, axis)
+
+
+def check_range(low: float, high: float, where: str = "") -> None:
+    """Beyond these numbers the squares of float32 vanish, or are infinite."""
+    fits = max(-low, high) < 1e10 and (low == high or high - low > 1e-10)
+    require(fits, f"{where}voxels are {low:g} to {high:g}; scale them to about 0 to 1000")
 
 
 def patient_spacing(image: nib.Nifti1Image) -> list[float]:
@@ -297,14 +346,36 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
     values = np.unique(array)
     with np.errstate(invalid="ignore"):  # inf - inf is nan, which passes no comparison
         rounding = float(np.abs(values - np.rint(values)).max())
-    whole = rounding <= 0.01 and values[0] > -0.5
-    require(whole, f"{path}: values are {listed(values)}; expected whole numbers from 0 (0 is background)")
+    found, count = f"{path}: values are {listed(values)}", len(np.unique(np.rint(values)))
+    shares = rounding > 0.01 and values[0] >= 0 and values[-1] <= 1
+    require(not shares, f"{found}, between 0 and 1: a probability map; threshold it")
+    # Of an atlas of many organs, most voxels are as their neighbour, of a scan they are not.
+    atlas = np.mean((array[1:] == array[:-1])[array[1:] > 0]) > 0.5 if label and count > 32 else False
+    require(count <= 32 or atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
+    require(rounding <= 0.01 and values[0] > -0.5, f"{found}; expected whole numbers from 0 (0 is background)")
     if rounding:
         warnings.warn(f"{path}: values are {listed(values)}; rounded to whole numbers", stacklevel=2)
         array = np.rint(array)
-    foreground = array > 0 if label is None else np.isin(array, list(label))
+    foreground = np.isin(array, list(label)) if label else array > 0
     # The scan's affine, not the label's own: at 45 degrees a last digit decides which axis is the closest.
     return np.ascontiguousarray(upright(foreground, goal, scan.axis), dtype=np.uint8)
+
+
+def read_pair(pair: Pair, axis: int, label: Sequence[int] | None) -> tuple[Scan, np.ndarray]:
+    """A scan and its mask, to learn from. Raises DataError where there is nothing to see, or nothing but organ."""
+    scan = read_scan(pair.image, axis)
+    mask = read_mask(pair.label, scan, label)
+    low, high = scan.array.min(), scan.array.max()
+    require(low < high, f"{pair.image}: every voxel is {low:g}; there is nothing to see in this scan")
+    require(not mask.all(), f"{pair.label}: every voxel is organ; expected 0 around it, or choose values by --label")
+    return scan, mask
+
+
+def note_absent(names: Sequence[str], total: int, label: Sequence[int] | None) -> None:
+    """Warn of scans without a voxel of the organ, some of `total`: that is allowed, but may be a wrong value."""
+    if 0 < len(names) < total:
+        organ = f"label {' or '.join(map(str, label))}" if label else "any label"
+        warnings.warn(f"{len(names)} of {total} scans hold no voxel of {organ}: {listed(names)}", stacklevel=2)
 
 
 # --------------------------------------------------------------------------------------------------------- preprocess
@@ -353,8 +424,7 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict) -> np.nda
     low, high = float(array.min()), float(array.max())
     share = "more than 99 % of the voxels are" if how["normalise"] == "percentile" else "every voxel is"
     require(low < high, f"{share} {low:g}; remove this scan, or try --normalise zscore")
-    # Beyond these the squares of float32 vanish, or are infinite.
-    require(1e-10 < high - low < 1e10, f"voxels are {low:g} to {high:g}; scale them to about 0 to 1000")
+    check_range(low, high)
     if how["normalise"] == "minmax":
         return ((array - low) / (high - low)).astype(np.float16)
     array = array - float(array.mean(dtype=float))  # a Python float: numpy's own would make the array float64
@@ -419,8 +489,7 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
     folder = cache_folder / f"{pair.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return CachedScan(pair.name, folder)
-    scan = read_scan(pair.image, how["axis"])
-    truth = read_mask(pair.label, scan, how["label"])
+    scan, truth = read_pair(pair, how["axis"], how["label"])
     try:
         image, mask = preprocess(scan.array, scan.spacing, how), preprocess(truth, scan.spacing, how)
     except DataError as error:
@@ -451,7 +520,10 @@ def cache_scans(pairs: Sequence[Pair], how: dict, folder: str | Path) -> list[Ca
     """
     with ThreadPoolExecutor(min(4, cpu_count())) as pool:
         jobs = pool.map(partial(cache_scan, how=how, cache_folder=Path(folder)), pairs)
-        return list(tqdm(jobs, "reading", len(pairs), unit="scan", leave=False, disable=None))
+        scans = list(tqdm(jobs, "reading", len(pairs), unit=" scans", leave=False, disable=None))
+    absent = [scan.name for scan in scans if not scan.open("truth").view(bool).any()]  # stops at the first voxel
+    note_absent(absent, len(scans), how["label"])
+    return scans
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation
@@ -618,27 +690,32 @@ def slice_axis(spacing: Sequence[float]) -> int:
 def check(root: str | Path, label: Sequence[int] | None = None) -> None:
     """Print what is in a data set, a line for each scan. Raises DataError with a line for each problem."""
     pairs, problems = match_files(root)
+    absent = []
     for pair in pairs:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            try:
-                scan = read_scan(pair.image)
-                mask = read_mask(pair.label, scan, label)
-            except DataError as error:
-                problems.append(str(error))
-                continue
-        problems += [str(warning.message) for warning in told]
-        low, high = float(scan.array.min()), float(scan.array.max())
-        if low == high:
-            problems.append(f"{pair.image}: every voxel is {low:g}; there is nothing to see in this scan")
+        try:
+            scan, mask = read_pair(pair, 2, label)
+        except DataError as error:
+            problems.append(str(error))
+            continue
         if not mask.any():
-            problems.append(f"{pair.label}: no voxel is foreground; check --label, or remove the scan")
+            absent.append(pair)
         shape, spacing = (" x ".join(f"{n:.4g}" for n in numbers) for numbers in (mask.shape, scan.spacing))
         axes, slices = "".join(nib.aff2axcodes(scan.source.affine)), np.count_nonzero(mask.any(axis=(1, 2)))
-        print(f"{pair.name:20} {shape:>15} voxels of {spacing:>21} mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, "
-              f"foreground {mask.mean():.2%} in {slices} slices", flush=True)
+        print(f"{printable(pair.name):20} {shape:>15} voxels of {spacing:>21} mm (D H W), stored {axes}, "
+              f"{scan.array.min():.4g} to {scan.array.max():.4g}, foreground {mask.mean():.2%} in {slices} slices",
+              flush=True)
+    if label and len(absent) < len(pairs):
+        note_absent([pair.name for pair in absent], len(pairs), label)
+    else:
+        problems += [f"{pair.label}: no voxel is foreground; check --label, or remove the scan" for pair in absent]
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
-    require(not problems, "\n".join(problems))
+    if problems:
+        raise DataError(*problems)
+
+
+def printable(text: str) -> str:
+    """A text in one line, whatever characters the name of a file holds."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
@@ -646,13 +723,16 @@ def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
 
     Warnings and errors are one line each, and a name that the terminal cannot print ends nothing.
     """
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")
+    script = Path(function.__code__.co_filename).name
+    warnings.showwarning = lambda message, *_: print(f"note: {printable(str(message))}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")
     try:
         function(*args)
     except DataError as error:
-        print(error, file=sys.stderr)
+        for line in error.args:
+            print(f"{script}: {printable(line)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
         print(f"\n{stopped}", file=sys.stderr)
@@ -662,8 +742,9 @@ def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a data set: what is in it, and every problem with its file.")
-    parser.add_argument("data", help="folder with imagesTr/ and labelsTr/, or images/ and labels/")
-    parser.add_argument("--label", type=int, nargs="+", help="label values that are foreground (default: all but 0)")
+    parser.add_argument("data", metavar="DIR", help="folder with imagesTr/ and labelsTr/, or images/ and labels/")
+    parser.add_argument("--label", type=int, nargs="+", metavar="N",
+                        help="label values that are foreground (default: all but 0)")
     args = parser.parse_args(argv)
     return run_command(check, args.data, args.label)
 

@@ -23,6 +23,7 @@ import gzip
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -236,10 +237,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test", type=int, default=0, help="further scans, without one (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other patients (default: %(default)s)")
     parser.add_argument("--size", type=float, default=1.0, help="factor on the matrix size (default: %(default)s)")
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot print ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print("data set in", write_dataset(**vars(parser.parse_args(argv))))
     except PhantomError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"phantom.py: {error}\n")
 
 
 if __name__ == "__main__":

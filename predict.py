@@ -18,6 +18,7 @@ import argparse
 import gzip
 import itertools
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ from metrics import score
 from unet import UNet
 
 VERSION = 2  # of the checkpoint; train.py writes it, load_checkpoint understands it
+# What of its scan's header a mask has, too: where the voxels lie, and nothing of what they meant.
+GEOMETRY = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
+            "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
 
 # ------------------------------------------------------------------------------------------------ device and precision
 
@@ -88,13 +92,20 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     Raises:
         DataError: no file, no checkpoint of this project, or one of another version.
     """
+    reason = "damaged, or no checkpoint of train.py"
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        version, *_ = (checkpoint[key] for key in ("version", "model", "network", "preprocess", "split"))
+        version = checkpoint["version"]
+        whole = version != VERSION or checkpoint.keys() >= {"model", "network", "preprocess", "split"}
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "damaged, or no checkpoint of train.py"
-        raise DataError(f"{path}: {reason}; give the last.pt or best.pt of a run") from None
-    require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew")
+        whole = False
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        elif code := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"holds code, {code[1]}, which was not run: no checkpoint of train.py"
+    require(whole, f"{path}: {reason}; give the last.pt or best.pt of a run")
+    require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew, or take "
+            "the project as it was then")
     return checkpoint
 
 
@@ -168,11 +179,15 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
-    """Write an array (D, H, W) on the scan's own grid: the file's shape, affine and header codes, the array's dtype."""
+    """Write a mask (D, H, W) on the scan's own grid: the file's shape, affine and header codes, the mask's dtype."""
     source = scan.source
-    image = type(source)(scan.restore(array), source.affine, source.header)
-    image.set_data_dtype(array.dtype)
-    image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's display window would hide a mask of 0 and 1
+    header = type(source.header)()
+    header.set_data_shape(source.shape)
+    for field in GEOMETRY:
+        header[field] = source.header[field]
+    header.set_data_dtype(array.dtype)
+    header["cal_max"], header["descrip"] = 1, "mask: 1 is the organ"  # cal_min and cal_max: what a viewer shows
+    image = type(source)(scan.restore(array), source.affine, header)
     content = image.to_bytes()
     if path.suffix == ".gz":
         content = gzip.compress(content, 1, mtime=0)  # as nibabel does: fast, and the same bytes for the same mask
@@ -215,7 +230,7 @@ def summarise(rows: Sequence[dict]) -> str:
     wide = max(len("scan"), *(len(row["name"]) for row in rows))
     lines = [f"{'scan':{wide}}" + "".join(f"{name:>10}" for name in shown)]
     for row in sorted(rows, key=lambda row: row["dice"]):
-        lines.append(f"{row['name']:{wide}}" + "".join(f"{row[name]:10.4f}" for name in shown))
+        lines.append(f"{data.printable(row['name']):{wide}}" + "".join(f"{row[name]:10.4f}" for name in shown))
     for name in shown:
         values = np.array([row[name] for row in rows])
         finite = values[np.isfinite(values)]
@@ -239,22 +254,25 @@ def predict(args: argparse.Namespace) -> list[dict]:
         scans = {name: path for name, path in scans.items() if name in split["val"]}
         require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
     labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
-    unlabelled = ", ".join(sorted(scans.keys() - labels.keys()))
-    require(not (labels and unlabelled), f"{args.labels}: no label for {unlabelled}; they are matched by name")
+    if labels:
+        unlabelled = sorted(scans.keys() - labels.keys())
+        require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
+        labels = {name: labels[name] for name in scans}
     if labels and (seen := scans.keys() & split["train"]):
         print(f"note: {len(seen)} of {len(scans)} scans have names that the network was trained on; "
               "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
     targets = {name: Path(args.out, f"{name}.nii{path.suffix.lower().removeprefix('.nii')}")
                for name, path in scans.items()}
-    inputs = {path.resolve() for path in (*scans.values(), *labels.values())}
-    for name, path in scans.items():  # All is looked at before the first mask is written.
-        for file in (path, labels.get(name, path)):
-            data.open_nifti(file)
-        mine = targets[name].resolve() not in inputs
-        require(mine, f"{targets[name]}: the mask would overwrite a scan or a label; choose another --out")
+    files = [*scans.values(), *labels.values()]
+    inputs = {path.resolve() for path in files}
+    ours = [str(path) for path in targets.values() if path.resolve() in inputs]
+    require(not ours, f"{data.listed(ours)}: the mask would overwrite a scan or a label; choose another --out")
+    for path in files:  # All are looked at before the first mask is written.
+        data.open_nifti(path)
 
     rows: list[dict] = []
-    for name, path in tqdm(scans.items(), "predicting", unit=" scans", disable=None):
+    bar = "{desc} {n_fmt} of {total_fmt} scans |{bar:30}| {elapsed} gone, {remaining} left"
+    for name, path in tqdm(scans.items(), "predicting", bar_format=bar, disable=None):
         scan, probability = predict_scan(path, net, how, precision, args.batch_size)
         mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5
         rows.append({"name": name, "mask": str(targets[name])})
@@ -277,9 +295,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--labels", metavar="DIR", help="label files of the same names: scores.csv and a summary")
     add("--held-out", action="store_true", help="only the scans that the run kept for validation")
     add("--largest-component", action="store_true", help="keep the largest connected part only")
-    add("--batch-size", type=int, default=16, metavar="N", help="slices at a time, in 2D (default %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default %(default)s)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    add("--batch-size", type=int, default=16, metavar="N", help="slices at a time, in 2D (default: 16)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: a GPU where there is one)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="of the network's arithmetic (default: bf16 where the hardware has it)")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: expected at least 1")

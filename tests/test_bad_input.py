@@ -31,6 +31,8 @@ HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normal
 MASK = np.zeros((16, 12, 6), np.uint8)  # of a file's array; 6 axial slices
 MASK[4:9, 3:8, 1:5] = 1
 SCAN = (np.random.default_rng(0).normal(100, 20, MASK.shape) + 80 * MASK).astype(np.int16)
+# Of one organ a column is a third: many values, but most voxels are as their neighbour.
+ATLAS = np.int16(np.arange(16)[:, None, None] // 6 + 3 * np.arange(72).reshape(12, 6))
 ONE_NAN = SCAN.astype(np.float32)
 ONE_NAN[0, 0, 0] = np.nan
 
@@ -69,6 +71,15 @@ def scan(content, name="a.nii.gz", folder="imagesTr"):
     return plant
 
 
+def changed(change, folder="imagesTr", unpacked=False):
+    """A scan, or a label, whose bytes are changed, of the .gz file or of what it holds."""
+    def plant():
+        path = Path("set", folder, "a.nii.gz")
+        content = path.read_bytes()
+        path.write_bytes(gzip.compress(change(gzip.decompress(content))) if unpacked else change(content))
+    return plant
+
+
 def label(content, name="a.nii.gz"):
     return scan(content, name, "labelsTr")
 
@@ -79,13 +90,12 @@ def labels(array):
 
 def header(**fields):
     """A scan whose header says what its voxels are not: the bytes are changed, since nibabel would not write it."""
-    def plant():
-        content = gzip.decompress(Path("set/imagesTr/a.nii.gz").read_bytes())
+    def change(content):
         head = nib.Nifti1Header(content[:348])
         for field, value in fields.items():
             head[field] = value
-        Path("set/imagesTr/a.nii.gz").write_bytes(gzip.compress(head.binaryblock + content[348:]))
-    return plant
+        return head.binaryblock + content[348:]
+    return changed(change, unpacked=True)
 
 
 def file(name, content=b""):
@@ -152,6 +162,25 @@ REFUSED = [
     ("labels that are all named otherwise", lambda: [rename(n, f"{n}_seg.nii.gz", ["labelsTr"])() for n in "abc"],
      "train, data", "set/labelsTr; a_seg, b_seg, c_seg; no file of; name"),
     ("two scans of one name", both(scan(nifti(SCAN), "a.nii")), "train, data, predict", "a.nii.gz; same name; rename"),
+    ("names that Windows takes for one", scan(nifti(SCAN), "A.nii.gz"), "train, data, predict",
+     "A.nii.gz; a.nii.gz; same name; rename"),
+    ("a name of two lines", both(rename("a", "a\nb.nii.gz"), scan(b"", "a\nb.nii.gz")), ALL[:-9],
+     "a\\nb.nii.gz: not a readable NIfTI file"),
+    # -- damaged files: each is read to its end, wherever it is read
+    ("another check sum", changed(lambda c: c[:-8] + b"1234" + c[-4:]), ALL,
+     "imagesTr/a.nii.gz: damaged (CRC check failed); copy it again"),
+    ("another check sum of a label", changed(lambda c: c[:-8] + b"1234" + c[-4:], "labelsTr"), PAIRED,
+     "labelsTr/a.nii.gz: damaged (CRC check failed); copy it again"),
+    ("a bit flipped", changed(lambda c: c[:900] + bytes([c[900] ^ 4]) + c[901:]), ALL,
+     "a.nii.gz: damaged (; copy it again"),
+    ("another length", changed(lambda c: c[:-1] + b"1"), ALL, "a.nii.gz: damaged (Incorrect length; copy it again"),
+    ("bytes after the end", changed(lambda c: c + b"surplus"), ALL, "a.nii.gz: damaged (Not a gzipped file; copy it"),
+    ("a second part cut short", changed(lambda c: c + gzip.compress(b"")[:-6]), ALL,
+     "a.nii.gz: damaged (Compressed file ended before; copy it again"),
+    ("more than the header claims", changed(lambda c: c + b"1", unpacked=True), ALL,
+     "a.nii.gz: damaged (bytes follow; copy it again"),
+    ("more than the header claims, not packed", both(remove("set/imagesTr/a.nii.gz"), scan(
+        nifti(SCAN).to_bytes() + b"1", "a.nii")), "train, predict, data", "a.nii: its header claims; copy it again"),
     # -- files that are no scan
     ("truncated .gz", lambda: os.truncate("set/imagesTr/a.nii.gz", 700), ALL, "a.nii.gz; copy it again"),
     ("gz of garbage", scan(gzip.compress(b"garbage" * 999)), ALL, "a.nii.gz: not a readable NIfTI file; export it"),
@@ -179,24 +208,38 @@ REFUSED = [
      "a voxel is 0.001; metres"),
     ("spacing in microns", scan(nifti(SCAN, np.diag([1e3, 1e3, 3e3, 1]), xyzt_units=3)), ALL,
      "1000 x 3000 mm; microns"),
+    ("a slope of 1e38", header(scl_slope=1e38), ALL, "a.nii.gz: voxels are 2.4e+39 to 2.25e+40; scale them to"),
     # -- voxels
+    ("times 1e300", scan(nifti(SCAN * 1e300)), ALL, "a.nii.gz: voxels are 2.4e+301 to 2.25e+302; scale them to"),
+    ("times 1e-50", scan(nifti(SCAN * 1e-50)), ALL, "a.nii.gz: voxels are 2.4e-49 to 2.25e-48; scale them to"),
     ("NaN everywhere", scan(nifti(SCAN * np.float32(np.nan))), ALL, "a.nii.gz: no voxel is finite; export it again"),
     ("constant", scan(nifti(SCAN * 0 + 7)), "train, predict, data", "a.nii.gz; voxel; 7; scan"),
-    ("a NaN, checked", scan(nifti(ONE_NAN)), "data", "a.nii.gz: 1 voxels are NaN or infinite"),
     # -- labels
     ("label of another shape", label(nifti(MASK[:-1])), PAIRED,
      "labelsTr/a.nii.gz: shape is (15, 12, 6); must be equal"),
     ("label 5 mm off", label(nifti(MASK, shifted(5))), PAIRED, "labelsTr/a.nii.gz: the affine differs; 5 mm; resample"),
     ("label with fractions", label(nifti(MASK * np.float32(0.5))), PAIRED,
-     "a.nii.gz: values are 0, 0.5; whole numbers"),
+     "a.nii.gz: values are 0, 0.5; between 0 and 1; threshold it"),
     ("negative label", label(nifti(-MASK.astype(np.int8))), PAIRED, "labelsTr/a.nii.gz: values are -1, 0; from 0"),
     ("NaN for background", label(nifti(np.where(MASK, 1, np.nan))), PAIRED,
      "a.nii.gz: values are 1, nan; whole numbers"),
     ("Inf in a label", label(nifti(np.where(MASK, np.inf, 0))), PAIRED, "labelsTr/a.nii.gz: values are 0, inf"),
+    ("a scan as its own label", label(nifti(SCAN)), PAIRED + ", train --label 99, data --label 99",
+     "labelsTr/a.nii.gz; different values: this is no mask"),
+    ("scans and labels swapped", lambda: [os.rename("set/imagesTr", "x"), os.rename("set/labelsTr", "set/imagesTr"),
+                                          os.rename("x", "set/labelsTr")], "train, data",
+     "labelsTr/a.nii.gz; different values: this is no mask"),
+    ("a probability map", label(nifti(MASK * np.float32(0.7) + 0.1)), PAIRED,
+     "labelsTr/a.nii.gz: values are 0.1, 0.8; between 0 and 1: a probability map; threshold it"),
+    ("a probability map in 8 bits", label(nifti(np.uint8(ATLAS.clip(max=200)))), PAIRED,
+     "labelsTr/a.nii.gz; 201 different values: this is no mask"),
+    ("an atlas, of which nothing is chosen", label(nifti(ATLAS)), PAIRED,
+     "labelsTr/a.nii.gz; 216 different values: this is no mask; --label"),
+    ("a mask of all ones", label(nifti(MASK * 0 + 1)), "train, data", "labelsTr/a.nii.gz: every voxel is organ"),
+    ("a mask without background", label(nifti(MASK + 1)), "train, data", "labelsTr/a.nii.gz: every voxel is organ"),
     ("no foreground anywhere", labels(MASK * 0), "train", "set; foreground; --label; nothing to learn"),
     ("a label that no file holds", sound, "train --label 7", "set; foreground; --label [7]"),
     ("an empty label", label(nifti(MASK * 0)), "data", "labelsTr/a.nii.gz: no voxel is foreground; --label"),
-    ("--label in one file only", label(nifti(MASK * 7)), "data --label 1", "a.nii.gz: no voxel is foreground"),
     # -- arguments
     ("one scan", remove(*SCANS[1:], "set/labelsTr/b.nii.gz", "set/labelsTr/c.nii.gz"), "train", "--folds 3: expected"),
     ("--fold", sound, "train --fold 3, train --fold -1, train --fold x", "--fold; expected 0 to 2"),
@@ -239,12 +282,14 @@ REFUSED = [
      "last.pt; checkpoint; train.py"),
     ("checkpoint of the first version", checkpoint(version=1), "predict, layers",
      "last.pt; version is 1; train it anew"),
+    ("checkpoint of a later version", checkpoint(version=99, split=None), "predict", "last.pt; version is 99"),
     ("checkpoint of another network", checkpoint(network=NETWORK | {"width": 3}), "predict, layers",
      "last.pt; do not fit"),
     ("a huge network", checkpoint(network=NETWORK | {"width": 10**6, "depth": 8}), "predict", "last.pt; do not fit"),
-    ("code under a known key", checkpoint(model=Payload()), "predict, layers", "last.pt; checkpoint; train.py"),
+    ("code under a known key", checkpoint(model=Payload()), "predict, layers",
+     "last.pt; holds code, posix.mkdir, which was not run; no checkpoint of train.py"),
     ("code under a key that nobody reads", checkpoint(note=Payload()), "predict, layers",
-     "last.pt; checkpoint; train.py"),
+     "last.pt; holds code, posix.mkdir, which was not run; no checkpoint of train.py"),
     ("code in a run to resume", both(checkpoint(note=Payload()), lambda: os.mkdir("out"),
                                      lambda: os.rename("last.pt", "out/last.pt")), "train --resume",
      "out/last.pt; checkpoint; train.py"),
@@ -297,6 +342,8 @@ def test_refused(plant, met_by, words, root, capsys):
         lines = [line for line in lines if words.split("; ")[0] in line]
     assert code == 2 and len(lines) == 1 and "Traceback" not in out + err, (out, err)
     assert not [word for word in words.split("; ") if word not in lines[0]], lines
+    script = f"{COMMANDS[met_by.split()[0]][0].__name__}.py: "
+    assert err.startswith("usage:") or lines[0].startswith(script) and lines[0].isprintable(), lines
     assert contents(root) == before
 
 
@@ -308,9 +355,17 @@ REPAIRED = [
     ("hidden and other files", both(scan(b"x", "._a.nii.gz"), label(b"x", "._a.nii.gz"), scan(b"x", "README.txt"),
                                     file("set/dataset.json", b'{"training": ["/etc/passwd"]}')), "data, score", ""),
     ("one volume in 4D", both(scan(nifti(SCAN[..., None])), label(nifti(MASK[..., None]))), "data, score", ""),
-    ("a NaN", scan(nifti(ONE_NAN)), "train, score", "a.nii.gz: 1 voxels are NaN or infinite; set to the lowest"),
-    ("a label 1e-5 mm off", label(nifti(MASK, shifted(1e-5))), "score", "labelsTr/a.nii.gz; 1.0e-05 mm"),
+    ("a NaN", scan(nifti(ONE_NAN)), "train, score, data", "a.nii.gz: 1 voxels are NaN or infinite; set to the lowest"),
+    ("a label that one file lacks", label(nifti(MASK * 7)), "data --label 1, train --label 1",
+     "1 of 3 scans hold no voxel of label 1: a"),
+    ("a label 1e-5 mm off", label(nifti(MASK, shifted(1e-5))), "score, data", "labelsTr/a.nii.gz; 1.0e-05 mm"),
     ("a label saved through a float", label(nifti(MASK * np.float32(1.00002))), "score", "labelsTr/a.nii.gz; rounded"),
+    ("other formats beside NIfTI", both(file("set/imagesTr/x.nrrd"), file("set/imagesTr/z.mgz")),
+     "train, predict, data", "set/imagesTr: 2 left out; x.nrrd: NRRD; 3D Slicer"),
+    ("an atlas", labels(ATLAS), "train --label 5, data --label 5 6", ""),
+    ("compressed in parts, and zeros after the end", changed(
+        lambda c: gzip.compress(gzip.decompress(c)[:999]) + gzip.compress(gzip.decompress(c)[999:]) + bytes(99)),
+     "data, score", ""),
     ("NIfTI-2, 64 bits", scan(nib.Nifti2Image(SCAN, np.eye(4), dtype=np.int64)), "score, data", ""),
     ("big-endian", scan(nib.Nifti1Image(SCAN, np.eye(4), nib.Nifti1Header(endianness=">"))), "score, data", ""),
     ("one slice", both(*(plant(nifti(array[..., 2:3]), f"{n}.nii.gz") for plant, array in ((scan, SCAN), (label, MASK))
@@ -319,8 +374,8 @@ REPAIRED = [
     ("another spacing than in training", both(*(plant(nifti(array, np.diag([2, 3, 4, 1]))) for plant, array in
                                                 ((scan, SCAN), (label, MASK)))), "score", ""),
     ("capital endings", rename("a", "a.NII.GZ"), "score, data, train", ""),
-    *((f"the name {name[:9]}", rename("b", f"{name}.nii.gz"), "train, score", "")
-      for name in ("left atrium", "心" * 80, "l" * 230)),
+    *((f"the name {ascii(name[:9])}", rename("b", f"{name}.nii.gz"), "train, score, data", "")
+      for name in ("left atrium", "心" * 80, "l" * 248, "-x", "'\"`$(x);&", "100%s", "two\nlines", "\33[2J", "\udcff")),
 ]
 
 
@@ -331,7 +386,8 @@ def test_repaired(plant, met_by, note, root, capsys, monkeypatch):
     plant()
     before = contents(root / "set")
     code = run(met_by)
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert all(line.isprintable() for line in (out + err).splitlines())
     assert code == 0 and "Traceback" not in err and (bool(note) == bool(err)), err
     assert not note or err.startswith("note: ") and all(word in err for word in note.split("; ")), err
     for path in Path("out").glob("*.nii.gz"):  # a mask lies on its scan
@@ -349,11 +405,31 @@ def test_the_check_finds_every_problem_and_no_other(root, capsys):
         plant()
     assert run("data") == 2
     table, problems = capsys.readouterr()
-    assert table.endswith("3 pairs, 6 problems\n")
+    assert table.endswith("3 pairs, 5 problems\n")
     for word in ("imagesTr: d: no file", "labelsTr: e: no file", "imagesTr/a.nii.gz: not",
                  "labelsTr/b.nii.gz: no voxel", "labelsTr/c.nii.gz: the affine", "imagesTr/c.nii.gz: every voxel is 0"):
         assert sum(word in line for line in problems.splitlines()) == 1, word
     assert "6 x 12 x 16 voxels of" in table
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("x.nrrd", "3D Slicer"), ("x.nhdr", "3D Slicer"), ("x.MHA", "SimpleITK"), ("x.mhd", "SimpleITK"),
+    ("x.hdr", "Analyze"), ("x.img", "Analyze"), ("x.mgz", "mri_convert"), ("x.mgh", "mri_convert"),
+    ("x.dcm", "dcm2niix"), ("IM_0001", "dcm2niix"), ("x.nii.bz2", "bunzip2"), ("x.nii.xz", "unxz"),
+    ("x.nii.zip", "unzip"), ("x.nii.zst", "unzstd"), ("patient", "a folder; docs/challenge.md")])
+def test_a_scan_in_another_format_is_told_what_converts_it(name, kind, root, capsys):
+    """Half of a data set was left out in silence. Given as a file, it was "not a readable NIfTI file"."""
+    path = Path("set/imagesTr", name)
+    path.mkdir() if name == "patient" else path.write_bytes(bytes(128) + b"DICM" if name == "IM_0001" else b"x")
+    assert run("data") == 0
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"note: set/imagesTr: 1 left out, for they are no NIfTI files: {name}: ")
+    assert visualize.main(["overlay", str(path), "--out", "a.png"]) == 2
+    remove(*SCANS)()
+    assert run("data") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"visualize.py: {path}: ") and f"but {name}: " in lines[1] and len(lines) == 2
+    assert all(word in line for word in kind.split("; ") for line in (note, *lines))
 
 
 @pytest.mark.parametrize(("shape", "offset"), [((2000, 2000, 2000), 352), ((4, 4, 4), 2_000_000_000)])

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -157,7 +160,7 @@ def refused(capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("phantom.py: ")
     return lines[0]
 
 
@@ -176,6 +179,13 @@ def test_a_foreign_folder_is_left_alone(dataset, tmp_path, capsys):
         before = contents(folder)
         assert f"{folder} holds something else" in refused(capsys, folder, "--scans", 3, "--size", 0.5)
         assert contents(folder) == before
+
+
+def test_a_terminal_that_cannot_print_the_folder_ends_nothing(tmp_path):
+    """ASCII, and code pages of Windows: a UnicodeEncodeError after the work."""
+    command = [sys.executable, phantom.__file__, str(tmp_path / "心"), "--scans", "1", "--size", "0.5"]
+    job = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert job.returncode == 0 and r"\u5fc3" in job.stdout and job.stderr == ""
 
 
 def test_what_the_file_system_refuses_is_one_line(tmp_path, capsys, monkeypatch):
