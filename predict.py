@@ -33,7 +33,7 @@ from data import DataError, Scan, crop_or_pad, require
 from metrics import score
 from unet import UNet
 
-VERSION = 2  # of the checkpoint; train.py writes it, load_checkpoint understands it
+VERSION = 3  # of the checkpoint; train.py writes it, load_checkpoint understands it
 # What of its scan's header a mask has, too: where the voxels lie, and nothing of what they meant.
 GEOMETRY = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
             "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
@@ -131,12 +131,13 @@ def predict_batch(net: UNet, images: np.ndarray, precision: torch.dtype = torch.
 
 
 def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None = None,
-                   precision: torch.dtype = torch.float32, batch_size: int = 16) -> np.ndarray:
+                   smooth: float = 0, precision: torch.dtype = torch.float32, batch_size: int = 16) -> np.ndarray:
     """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), on the host: the GPU holds one batch of it.
 
     In 2D `batch_size` slices go through the network at a time. Slices smaller than `size`, the (H, W) of training, are
     padded to it as they were there, and cropped back: a network with batch norm is used to the padding, and loses Dice
-    without it. Larger ones stay whole. In 3D a window of `size`, the (D, H, W) of training, moves over the volume.
+    without it. Larger ones stay whole. As the network sees each slice alone, neighbours are then averaged by a Gaussian
+    of `smooth` slices deviation. In 3D a window of `size`, the (D, H, W) of training, moves over the volume.
     """
     size = size or volume.shape[-net.dims :]
     padded = crop_or_pad(volume, np.maximum(volume.shape[-len(size) :], size))
@@ -147,6 +148,8 @@ def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None 
         for start in range(0, len(volume), batch_size):
             slices = slice(start, start + batch_size)
             probability[slices] = predict_batch(net, padded[slices], precision)
+    if smooth:
+        probability = ndimage.gaussian_filter1d(probability, smooth, axis=0, mode="nearest")
     return crop_or_pad(probability, volume.shape)
 
 
@@ -212,7 +215,8 @@ def predict_scan(path: Path, net: UNet, how: dict, precision: torch.dtype, batch
     scan = data.read_scan(path, how["axis"])
     try:
         volume = data.preprocess(scan.array, scan.spacing, how)
-        probability = predict_volume(net, volume, size=how["size"], precision=precision, batch_size=batch_size)
+        probability = predict_volume(net, volume, size=how["size"], smooth=how["smooth"], precision=precision,
+                                     batch_size=batch_size)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except torch.cuda.OutOfMemoryError:

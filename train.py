@@ -286,8 +286,8 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
     hidden = None if run.rank == 0 and len(scans) > 1 else True
     for scan in tqdm(scans, "validation", unit=" scans", leave=False, disable=hidden):
         image, mask, truth = scan.open("image"), scan.open("mask"), scan.open("truth")
-        probability = predict.predict_volume(run.net, image, size=how["size"], precision=run.precision,
-                                             batch_size=run.args.batch_size)
+        probability = predict.predict_volume(run.net, image, size=how["size"], smooth=how["smooth"],
+                                             precision=run.precision, batch_size=run.args.batch_size)
         prediction = data.undo_preprocess(probability, truth.shape, how) > 0.5
         fullest = int(mask.sum(axis=(1, 2)).argmax())
         rows.append({"name": scan.name, "dice": dice(prediction, truth > 0), "truth": int(np.count_nonzero(truth)),
@@ -410,7 +410,8 @@ def draw_panels(rows: Sequence[dict]):
 # ---------------------------------------------------------------------------------------------------- before the loop
 
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
-DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 32, "depth": 2, "epochs": 16}}
+DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 32, "depth": 2, "epochs": 18}}
+SMOOTH = 2.0  # mm over which slices are averaged at prediction, in 2D
 LARGEST_PATCH = (20, 32, 32)  # times the stem: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
 # What a resumed run may change: where and how it runs, not what comes out.
 MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "workers", "compile", "epochs"}
@@ -570,7 +571,7 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
     how = {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
-           "crop": args.crop, "normalise": args.normalise}
+           "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH / spacing[0] if args.dims == 2 else 0.0}
     scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
     train = [scans[name] for name in split["train"]]
     val = [scans[name] for name in split["val"]]

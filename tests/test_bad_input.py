@@ -27,7 +27,8 @@ import visualize
 from unet import UNet
 
 NETWORK = {"dims": 2, "width": 2, "depth": 1, "norm": "none", "attention": False, "stem": 1}
-HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore", "size": [16, 16]}
+HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore", "smooth": 0.0,
+       "size": [16, 16]}
 MASK = np.zeros((16, 12, 6), np.uint8)  # of a file's array; 6 axial slices
 MASK[4:9, 3:8, 1:5] = 1
 SCAN = (np.random.default_rng(0).normal(100, 20, MASK.shape) + 80 * MASK).astype(np.int16)

@@ -21,7 +21,8 @@ import predict
 from data import DataError
 from unet import UNet
 
-PREPROCESS = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore", "size": [40, 24]}
+PREPROCESS = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore", "smooth": 0.0,
+              "size": [40, 24]}
 
 
 def oblique(spacing, degrees=17):
@@ -241,6 +242,18 @@ def test_devices_and_precision():
     assert predict.pick_device("cpu").type == "cpu"
     with pytest.raises(DataError, match="--device nonsense"):
         predict.pick_device("nonsense")
+
+
+def test_neighbouring_slices_speak_for_one_that_was_spoilt():
+    """Six equal slices and one of noise: averaged over the neighbours its mask comes near theirs, and theirs stay."""
+    torch.manual_seed(0)
+    rng, net = np.random.default_rng(0), UNet(width=4, depth=1)
+    volume = np.repeat(rng.normal(size=(1, 16, 16)), 7, axis=0).astype(np.float32)
+    volume[3] = rng.normal(size=(16, 16))
+    alone, averaged = (predict.predict_volume(net, volume, smooth=smooth) for smooth in (0, 1.5))
+    spoilt, mended, beside = (np.abs(slice_ - alone[0]).mean() for slice_ in (alone[3], averaged[3], averaged[0]))
+    assert np.allclose(alone[0], alone[6]) and mended < spoilt / 2 and beside < spoilt / 4
+
 
 
 def test_namespace_of_the_command_is_enough(scan_and_truth, checkpoint, tmp_path):
