@@ -198,8 +198,8 @@ def split_scans(names: Sequence[str], folds: int, fold: int | str) -> dict[str, 
         return {"train": names, "val": []}
     require(2 <= folds <= len(names), f"--folds {folds}: expected 2 to {len(names)}, the number of scans")
     require(str(fold) in map(str, range(folds)), f"--fold {fold}: expected 0 to {folds - 1}, or all")
-    val = names[int(fold) :: folds]
-    return {"train": [name for name in names if name not in val], "val": val}
+    train = [name for i, name in enumerate(names) if i % folds != int(fold)]
+    return {"train": train, "val": names[int(fold) :: folds]}
 
 
 # ---------------------------------------------------------------------------------------------------- scans and masks

@@ -148,6 +148,7 @@ class Payload:
 ALL = "train, predict, data, overlay"
 PAIRED = "train, score, data, overlay"
 SETS, NETS = "train, data, predict", "predict, layers"
+SETS, NETS = "train, data, predict", "predict, layers"
 SCANS = [f"set/imagesTr/{name}.nii.gz" for name in "abc"]
 
 REFUSED = [
@@ -223,6 +224,8 @@ REFUSED = [
     # -- labels
     ("another shape", label(nifti(MASK[:-1])), PAIRED, "labelsTr/a.nii.gz: shape is (15, 12, 6); must be equal"),
     ("label 5 mm off", label(nifti(MASK, shifted(5))), PAIRED, "labelsTr/a.nii.gz: the affine differs; 5 mm; resample"),
+    ("label 0.1 mm off", label(nifti(MASK, shifted(0.1))), "data", "labelsTr/a.nii.gz: the affine differs; by 0.1 mm"),
+    ("label at NaN", label(nifti(MASK, shifted(np.nan))), PAIRED, "labelsTr/a.nii.gz: the affine differs"),
     ("fractions", label(nifti(MASK * np.float32(0.5))), PAIRED, "values are 0, 0.5; between 0 and 1; threshold"),
     ("negative label", label(nifti(-MASK.astype(np.int8))), PAIRED, "labelsTr/a.nii.gz: values are -1, 0; from 0"),
     ("NaN for background", label(nifti(np.where(MASK, 1, np.nan))), PAIRED,
@@ -252,8 +255,7 @@ REFUSED = [
     ("--patch of nothing", sound, "train --dims 3 --patch 0 32 32", "--patch; 0: expected a number from 1"),
     ("--size of another rank", sound, "train --size 7, train --dims 3 --size 7 7", "--size: expected"),
     ("--size below the network's", sound,
-     "train --size 4 4 --depth 3 --norm batch, train --size 7 7 --depth 3, train --size 4 4 --depth 2 --norm instance",
-     "--size; lower --depth"),
+     "train --size 4 4 --depth 3 --norm batch, train --size 7 7 --depth 3, train --size 4 4 --depth 2 --norm instance", "--size; lower --depth"),
     ("--depth", sound, "train --depth 30, train --depth -1", "--depth; from 0 to 8"),
     ("--depth of 8 for small scans", sound, "train --depth 8 --width 1000 --size 32 32", "--size; lower --depth"),
     ("--seed beyond", sound, f"train --seed {2**64}, train --seed -1", "--seed; from 0"),
@@ -269,8 +271,7 @@ REFUSED = [
     ("phantoms out of range", sound, "phantom --scans 0, phantom --size 9, phantom --seed -1", "expected"),
     ("phantoms beside something else", file("out/mine.txt"), "phantom", "out holds something else; empty folder"),
     ("masks over labels", sound,
-     "score --out set/labelsTr, predict --out set/imagesTr, score --out ./set/../set/labelsTr",
-     "overwrite a scan or a label; another --out"),
+     "score --out set/labelsTr, predict --out set/imagesTr, score --out ./set/../set/labelsTr", "overwrite a scan or a label; another --out"),
     ("and linked", lambda: os.symlink("set/labelsTr", "link"), "score --out link", "overwrite; another --out"),
     ("no scan held out", checkpoint(split={"train": ["a"], "val": ["x"]}), "score --held-out", "--held-out; x"),
     # -- runs and checkpoints
