@@ -261,7 +261,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
         data.open_nifti(path)
 
     rows: list[dict] = []
-    bar = "{desc} {n_fmt} of {total_fmt} scans |{bar:30}| {elapsed} gone, {remaining} left"
+    bar = "{desc} {n_fmt} of {total_fmt} scans, {remaining} left |{bar}|"
     for name, path in tqdm(scans.items(), "predicting", bar_format=bar, disable=None):
         scan, probability = predict_scan(path, net, how, precision, args.batch_size)
         mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5
