@@ -289,7 +289,8 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
         axis: slice axis: 0 left-right (sagittal), 1 posterior-anterior (coronal), 2 inferior-superior (axial).
 
     Raises:
-        DataError: a file that is no NIfTI, damaged, not one volume of real numbers, or without a finite voxel.
+        DataError: a file that is no NIfTI, damaged, not one volume of real numbers, without a finite voxel, or with
+            numbers that float32 does not handle.
     """
     image = open_nifti(path)
     voxels = upright(read_voxels(image, path), image.affine, axis)
@@ -326,8 +327,9 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
         label: values that are foreground; None means every value but 0.
 
     Raises:
-        DataError: values that are not whole (within 0.01) and non-negative, or a grid that is not the scan's: another
-            shape, or an affine that differs by more than 1e-3 mm in an entry (a smaller difference is a warning).
+        DataError: values that are not whole (within 0.01) and non-negative; more than 32 different ones, unless they
+            are those of an atlas and `label` chooses; or a grid that is not the scan's: another shape, or an affine
+            that differs by more than 1e-3 mm in an entry (a smaller difference is a warning).
     """
     image, goal = open_nifti(path), scan.source.affine
     array, affine = read_voxels(image, path), image.affine
@@ -346,12 +348,13 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
     found, count = f"{path}: values are {listed(values)}", len(np.unique(np.rint(values)))
     shares = rounding > 0.01 and values[0] >= 0 and values[-1] <= 1
     require(not shares, f"{found}, between 0 and 1: a probability map; threshold it")
-    # Of an atlas of many organs, most voxels are as their neighbour, of a scan they are not.
-    atlas = np.mean((array[1:] == array[:-1])[array[1:] > 0]) > 0.5 if label and count > 32 else False
-    require(count <= 32 or atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
+    if count > 32:  # an atlas of many organs, where most voxels are as their neighbour; or a scan, where they are not
+        organs = array[1:] > 0
+        atlas = 2 * (organs & (array[1:] == array[:-1])).sum() > organs.sum()
+        require(label and atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
     require(rounding <= 0.01 and values[0] > -0.5, f"{found}; expected whole numbers from 0 (0 is background)")
     if rounding:
-        warnings.warn(f"{path}: values are {listed(values)}; rounded to whole numbers", stacklevel=2)
+        warnings.warn(f"{found}; rounded to whole numbers", stacklevel=2)
         array = np.rint(array)
     foreground = np.isin(array, list(label)) if label else array > 0
     # The scan's affine, not the label's own: at 45 degrees a last digit decides which axis is the closest.

@@ -37,6 +37,19 @@ def stored_as(array, codes, spacing=(1.0, 2.0, 3.0)):
     return nib.orientations.apply_orientation(array, way), np.diag([*spacing, 1]) @ turned
 
 
+def turned(axes, *degrees):
+    """An affine that turns about these axes."""
+    return nib.affines.from_matvec(Rotation.from_euler(axes, degrees, degrees=True).as_matrix())
+
+
+def cached(folder, **arrays):
+    """A scan in the cache of these arrays."""
+    folder.mkdir()
+    for kind, array in arrays.items():
+        np.save(folder / f"{kind}.npy", array)
+    return data.CachedScan(folder.name, folder)
+
+
 def kinds(scan):
     return [scan.open(kind) for kind in ("image", "mask", "truth")]
 
@@ -120,10 +133,8 @@ def test_all_48_orientations_come_upright_and_go_back(tmp_path, write_nifti, axi
 
 def test_oblique_anisotropic_scan_keeps_its_voxels(tmp_path, write_nifti):
     """Turned 17 and -12 degrees: the closest orientation, the true spacing, and every voxel back where it was."""
-    turn = np.eye(4)
-    turn[:3, :3] = Rotation.from_euler("xz", (17, -12), degrees=True).as_matrix()
     stored, affine = stored_as(np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6), "PSL", (0.7, 0.9, 4))
-    scan = data.read_scan(write_nifti(tmp_path / "scan.nii", stored, turn @ affine))
+    scan = data.read_scan(write_nifti(tmp_path / "scan.nii", stored, turned("xz", 17, -12) @ affine))
     assert scan.array.shape == (6, 5, 4) and scan.spacing == pytest.approx((4, 0.9, 0.7), abs=1e-5)
     assert np.array_equal(scan.restore(scan.array), stored)
 
@@ -170,8 +181,7 @@ def test_which_values_are_foreground(tmp_path, write_nifti, grid, values, dtype,
 @pytest.mark.parametrize("degrees", [0, 20])
 def test_a_label_stored_in_another_orientation_is_turned_to_its_scan(tmp_path, write_nifti, degrees):
     """A label stored RAS, its scan LPS, the same grid in space: it was refused with "resample"."""
-    turn = np.eye(4)
-    turn[:3, :3] = Rotation.from_euler("z", degrees, degrees=True).as_matrix()
+    turn = turned("z", degrees)
     patient = np.random.default_rng(0).integers(0, 2, (4, 5, 6)).astype(np.uint8)
     stored, affine = stored_as(patient, "LPS")
     scan = data.read_scan(write_nifti(tmp_path / "scan.nii", stored, turn @ affine))
@@ -185,11 +195,9 @@ def test_a_scan_turned_by_45_degrees_and_its_label_stay_together(tmp_path):
     """One has only an sform, the other only a qform; a last digit then decided which axis is the closest of each."""
     voxels = np.random.default_rng(0).integers(0, 2, (6, 6, 4)).astype(np.uint8)
     for degrees, axis in product((45, 135, 225, 315), "xyz"):
-        turn = np.eye(4)
-        turn[:3, :3] = Rotation.from_euler(axis, degrees, degrees=True).as_matrix()
         for form in ("sform", "qform"):
             image = nib.Nifti1Image(voxels, None)
-            getattr(image, f"set_{form}")(turn, 1)
+            getattr(image, f"set_{form}")(turned(axis, degrees), 1)
             getattr(image, "set_qform" if form == "sform" else "set_sform")(None, 0)
             nib.save(image, tmp_path / f"{form}.nii")
         for one, other in (("sform", "qform"), ("qform", "sform")):
@@ -316,10 +324,7 @@ def test_a_file_that_changes_but_keeps_its_size_and_time_is_read_again(pairs, tm
 
 def test_more_scans_than_a_process_may_hold_files_open(tmp_path):
     resource = pytest.importorskip("resource")
-    scans = [data.CachedScan(f"{n}", tmp_path / f"{n}") for n in range(200)]
-    for n, scan in enumerate(scans):
-        scan.folder.mkdir()
-        np.save(scan.folder / "image.npy", np.full((1, 2, 2), n))
+    scans = [cached(tmp_path / f"{n}", image=np.full((1, 2, 2), n)) for n in range(200)]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = len(os.listdir("/dev/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (held + 150, limits[1]))
@@ -512,11 +517,8 @@ def test_patches_are_pieces_of_scans_and_a_share_of_them_is_centred_on_the_organ
 @pytest.mark.parametrize(("kind", "size"), [(data.SliceDataset, (64, 64)), (data.PatchDataset, (16, 32, 32))])
 def test_memory_does_not_grow_with_the_data(tmp_path, kind, size):
     """64 MB on disk, slice after slice, also under spawn (Windows, macOS), where the data set is pickled."""
-    scans = [data.CachedScan(str(i), tmp_path / str(i)) for i in range(8)]
-    for scan in scans:
-        scan.folder.mkdir()
-        np.save(scan.folder / "image.npy", np.zeros((128, 128, 160), np.float16))
-        np.save(scan.folder / "mask.npy", np.zeros((128, 128, 160), np.uint8))
+    zeros = np.zeros((128, 128, 160), np.uint8)
+    scans = [cached(tmp_path / str(i), image=np.float16(zeros), mask=zeros) for i in range(8)]
     tracemalloc.start()
     dataset = kind(scans, size)
     for i in range(0, len(dataset), 8):

@@ -21,7 +21,7 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (423, set()),
+    "data": (425, set()),
     "predict": (197, {"data", "metrics", "unet"}),
     "train": (438, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (295, {"data", "predict"}),
