@@ -198,8 +198,8 @@ def split_scans(names: Sequence[str], folds: int, fold: int | str) -> dict[str, 
         return {"train": names, "val": []}
     require(2 <= folds <= len(names), f"--folds {folds}: expected 2 to {len(names)}, the number of scans")
     require(str(fold) in map(str, range(folds)), f"--fold {fold}: expected 0 to {folds - 1}, or all")
-    val = names[int(fold) :: folds]
-    return {"train": [name for name in names if name not in val], "val": val}
+    train = [name for i, name in enumerate(names) if i % folds != int(fold)]
+    return {"train": train, "val": names[int(fold) :: folds]}
 
 
 # ---------------------------------------------------------------------------------------------------- scans and masks
@@ -230,19 +230,17 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
     except Exception as error:  # a damaged header makes nibabel raise anything, from its own errors to OverflowError
         raise DataError(f"{path}: not a readable NIfTI file ({first_line(error)}); export it again") from None
     shape, dtype = image.shape, image.get_data_dtype()
-    claimed = image.dataobj.offset + math.prod(shape) * dtype.itemsize
-    # A byte of a .gz file unpacks to 1,032 bytes at most: a header that claims more is wrong, and nothing is allocated.
-    compressed = str(path).lower().endswith(".gz")
-    fits = 0 < claimed <= 1032 * on_disk if compressed else claimed == on_disk
-    with np.errstate(all="ignore"):  # of a nonsense affine the answer is nan, which passes no comparison
-        spacing = nib.affines.voxel_sizes(image.affine)  # along the file's axes
-        volume = abs(np.linalg.det(image.affine[:3, :3] / spacing))  # of the axes as vectors of length 1
     require(len(shape) >= 3 and set(shape[3:]) <= {1}, f"{path}: shape is {shape}; expected one volume of three axes")
     require(dtype.kind in "iuf", f"{path}: voxels are {dtype}; expected integers or floats")
+    claimed = image.dataobj.offset + math.prod(shape) * dtype.itemsize
+    # A byte of a .gz file unpacks to 1,032 bytes at most: a header that claims more is wrong, and nothing is allocated.
+    fits = 0 < claimed <= 1032 * on_disk if Path(path).suffix.lower() == ".gz" else claimed == on_disk
     require(fits, f"{path}: its header claims {claimed:,} bytes, it has {on_disk:,}; copy it again")
-    require(((spacing >= 0.05) & (spacing <= 20)).all(), f"{path}: a voxel is {listed(spacing, ' x ')} mm, expected "
-            "0.05 to 20; correct the affine (metres? microns?)")
-    require(volume > 1e-3, f"{path}: the affine is singular, its axes lie in one plane; set the sform or qform")
+    # The singular values of axes at right angles are their spacings; one is 0 where the axes lie in a plane.
+    spacing = np.linalg.svd(np.nan_to_num(image.affine[:3, :3], nan=1e6).clip(-1e6, 1e6), compute_uv=False)
+    usual = spacing.min() >= 0.05 and spacing.max() <= 20
+    require(usual, f"{path}: a voxel is {listed(spacing, ' x ')} mm, expected 0.05 to 20; correct the affine (metres? "
+            "microns? two axes alike?)")
     return image
 
 
@@ -253,8 +251,8 @@ def first_line(error: Exception) -> str:
 
 def listed(values: Sequence, between: str = ", ") -> str:
     """The first of some numbers or names, for a message."""
-    words = [value if isinstance(value, str) else f"{value:g}" for value in values[:6]]
-    return between.join(words) + (", ..." if len(values) > 6 else "")
+    words = between.join(value if isinstance(value, str) else f"{value:g}" for value in values[:6])
+    return words + ", ..." if len(values) > 6 else words
 
 
 def read_voxels(image: nib.Nifti1Image, path: str | Path) -> np.ndarray:
@@ -263,7 +261,7 @@ def read_voxels(image: nib.Nifti1Image, path: str | Path) -> np.ndarray:
     A .gz file is read to its very end, since only there its check sum and its length are compared.
     """
     try:
-        if not str(path).lower().endswith(".gz"):
+        if Path(path).suffix.lower() != ".gz":
             return np.asanyarray(image.dataobj).reshape(image.shape[:3])
         with gzip.open(path) as stream:
             array = np.asanyarray(type(image).from_stream(stream).dataobj).reshape(image.shape[:3])
@@ -291,25 +289,25 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
         axis: slice axis: 0 left-right (sagittal), 1 posterior-anterior (coronal), 2 inferior-superior (axial).
 
     Raises:
-        DataError: a file that is no NIfTI, damaged, not one volume of real numbers, or without a finite voxel.
+        DataError: a file that is no NIfTI, damaged, not one volume of real numbers, without a finite voxel, or with
+            numbers that float32 does not handle.
     """
     image = open_nifti(path)
     voxels = upright(read_voxels(image, path), image.affine, axis)
     finite = np.isfinite(voxels)
     require(finite.any(), f"{path}: no voxel is finite; export it again")
     if not finite.all():
-        count = np.count_nonzero(~finite)
-        warnings.warn(f"{path}: {count} voxels are NaN or infinite; set to the lowest finite one", stacklevel=2)
+        warnings.warn(f"{path}: {(~finite).sum()} voxels are NaN or infinite; set to the lowest other", stacklevel=2)
         voxels = np.where(finite, voxels, voxels[finite].min())
-    check_range(float(voxels.min()), float(voxels.max()), f"{path}: ")  # before float32, which holds less
+    check_range(float(voxels.min()), float(voxels.max()), path)  # before float32, which holds less
     spacing = np.array(patient_spacing(image))[list(PATIENT_AXES[axis])]
     return Scan(np.array(voxels, np.float32, order="C"), tuple(spacing.tolist()), image, axis)
 
 
-def check_range(low: float, high: float, where: str = "") -> None:
-    """Beyond these numbers the squares of float32 vanish, or are infinite."""
+def check_range(low: float, high: float, name: str | Path) -> None:
+    """Refuse a scan of such numbers that the squares of float32 vanish, or are infinite."""
     fits = max(-low, high) < 1e10 and (low == high or high - low > 1e-10)
-    require(fits, f"{where}voxels are {low:g} to {high:g}; scale them to about 0 to 1000")
+    require(fits, f"{name}: voxels are {low:g} to {high:g}; scale them to about 0 to 1000")
 
 
 def patient_spacing(image: nib.Nifti1Image) -> list[float]:
@@ -329,8 +327,9 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
         label: values that are foreground; None means every value but 0.
 
     Raises:
-        DataError: values that are not whole (within 0.01) and non-negative, or a grid that is not the scan's: another
-            shape, or an affine that differs by more than 1e-3 mm in an entry (a smaller difference is a warning).
+        DataError: values that are not whole (within 0.01) and non-negative; more than 32 different ones, unless they
+            are those of an atlas and `label` chooses; or a grid that is not the scan's: another shape, or an affine
+            that differs by more than 1e-3 mm in an entry (a smaller difference is a warning).
     """
     image, goal = open_nifti(path), scan.source.affine
     array, affine = read_voxels(image, path), image.affine
@@ -349,12 +348,13 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
     found, count = f"{path}: values are {listed(values)}", len(np.unique(np.rint(values)))
     shares = rounding > 0.01 and values[0] >= 0 and values[-1] <= 1
     require(not shares, f"{found}, between 0 and 1: a probability map; threshold it")
-    # Of an atlas of many organs, most voxels are as their neighbour, of a scan they are not.
-    atlas = np.mean((array[1:] == array[:-1])[array[1:] > 0]) > 0.5 if label and count > 32 else False
-    require(count <= 32 or atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
+    if count > 32:  # an atlas of many organs, where most voxels are as their neighbour; or a scan, where they are not
+        organs = array[1:] > 0
+        atlas = 2 * (organs & (array[1:] == array[:-1])).sum() > organs.sum()
+        require(label and atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
     require(rounding <= 0.01 and values[0] > -0.5, f"{found}; expected whole numbers from 0 (0 is background)")
     if rounding:
-        warnings.warn(f"{path}: values are {listed(values)}; rounded to whole numbers", stacklevel=2)
+        warnings.warn(f"{found}; rounded to whole numbers", stacklevel=2)
         array = np.rint(array)
     foreground = np.isin(array, list(label)) if label else array > 0
     # The scan's affine, not the label's own: at 45 degrees a last digit decides which axis is the closest.
@@ -391,7 +391,7 @@ def resize(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.uint8(voxels > 0.5) if array.dtype == np.uint8 else voxels
 
 
-def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict) -> np.ndarray:
+def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str | Path = "scan") -> np.ndarray:
     """A scan, or its mask, as the network sees it: the one function that training and prediction share.
 
     Args:
@@ -403,6 +403,7 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict) -> np.nda
             crop: voxels to cut off each border of a slice.
             normalise: "zscore", mean 0 and deviation 1 over the scan; "percentile", the same after clipping to the 0.5
                 and 99.5 percentiles; "minmax", 0 to 1.
+        name: of the scan, for an error.
 
     Returns:
         float16 scan (half the memory; its steps are 1/1000 of a deviation, far below MRI noise) or uint8 mask.
@@ -415,7 +416,7 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict) -> np.nda
     if any(abs(factor - 1) > 0.15 for factor in factors):
         array = resize(array, [max(round(n * factor), 1) for n, factor in zip(array.shape, factors, strict=True)])
     crop = how["crop"]
-    require(min(array.shape[1:]) > 2 * crop, f"slices are {array.shape[1:]}; --crop {crop} leaves nothing")
+    require(min(array.shape[1:]) > 2 * crop, f"{name}: slices are {array.shape[1:]}; --crop {crop} leaves nothing")
     array = array[:, crop : array.shape[1] - crop, crop : array.shape[2] - crop]
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
@@ -423,8 +424,8 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict) -> np.nda
         array = array.clip(*np.percentile(array, (0.5, 99.5)).astype(np.float32))
     low, high = float(array.min()), float(array.max())
     share = "more than 99 % of the voxels are" if how["normalise"] == "percentile" else "every voxel is"
-    require(low < high, f"{share} {low:g}; remove this scan, or try --normalise zscore")
-    check_range(low, high)
+    require(low < high, f"{name}: {share} {low:g}; remove this scan, or try --normalise zscore")
+    check_range(low, high, name)
     if how["normalise"] == "minmax":
         return ((array - low) / (high - low)).astype(np.float16)
     array = array - float(array.mean(dtype=float))  # a Python float: numpy's own would make the array float64
@@ -490,10 +491,8 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
     if folder.is_dir():
         return CachedScan(pair.name, folder)
     scan, truth = read_pair(pair, how["axis"], how["label"])
-    try:
-        image, mask = preprocess(scan.array, scan.spacing, how), preprocess(truth, scan.spacing, how)
-    except DataError as error:
-        raise DataError(f"{pair.image}: {error}") from None
+    image = preprocess(scan.array, scan.spacing, how, pair.image)
+    mask = preprocess(truth, scan.spacing, how, pair.image)
     with one_line(folder):
         cache_folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cache_folder, prefix=".") as temporary:
@@ -699,11 +698,9 @@ def check(root: str | Path, label: Sequence[int] | None = None) -> None:
             continue
         if not mask.any():
             absent.append(pair)
-        shape, spacing = (" x ".join(f"{n:.4g}" for n in numbers) for numbers in (mask.shape, scan.spacing))
-        axes, slices = "".join(nib.aff2axcodes(scan.source.affine)), np.count_nonzero(mask.any(axis=(1, 2)))
-        print(f"{printable(pair.name):20} {shape:>15} voxels of {spacing:>21} mm (D H W), stored {axes}, "
-              f"{scan.array.min():.4g} to {scan.array.max():.4g}, foreground {mask.mean():.2%} in {slices} slices",
-              flush=True)
+        low, high, axes = scan.array.min(), scan.array.max(), "".join(nib.aff2axcodes(scan.source.affine))
+        print(f"{printable(pair.name):20} {listed(mask.shape, ' x '):>15} voxels of {listed(scan.spacing, ' x '):>21} "
+              f"mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, foreground {mask.mean():.2%}", flush=True)
     if label and len(absent) < len(pairs):
         note_absent([pair.name for pair in absent], len(pairs), label)
     else:
@@ -743,8 +740,7 @@ def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a data set: what is in it, and every problem with its file.")
     parser.add_argument("data", metavar="DIR", help="folder with imagesTr/ and labelsTr/, or images/ and labels/")
-    parser.add_argument("--label", type=int, nargs="+", metavar="N",
-                        help="label values that are foreground (default: all but 0)")
+    parser.add_argument("--label", type=int, nargs="+", metavar="N", help="values of the organ (default: all but 0)")
     args = parser.parse_args(argv)
     return run_command(check, args.data, args.label)
 

@@ -178,12 +178,9 @@ def make_scan(rng: np.random.Generator, orientation: str = "LPS", size: float = 
 def write(path: Path, content: bytes) -> None:
     """Write a hidden file beside `path`, then rename it: another run that makes the same data set sees whole files."""
     temporary = path.with_name(f".{os.urandom(8).hex()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:  # disk full, no permission
-        raise PhantomError(f"{path}: {error.strerror}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
@@ -202,8 +199,9 @@ def write_dataset(out: str | Path, scans: int = 8, seed: int = 0, size: float = 
     there stays, so that an interrupted call goes on where it was.
 
     Raises:
-        PhantomError: scans, seed, size or test out of range; a folder that cannot be written, or that holds anything
-            but this very data set (hidden files aside).
+        PhantomError: scans, seed, size or test out of range; a folder that holds anything but this very data set
+            (hidden files aside).
+        OSError: a folder that cannot be written.
     """
     if not (scans >= 1 and test >= 0 and scans + test <= 1000 and seed >= 0 and 0.5 <= size <= 2):
         raise PhantomError(f"{scans=}, {test=}, {seed=}, {size=}; expected >= 1, >= 0 (1000 in all), >= 0, 0.5 to 2")
@@ -241,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print("data set in", write_dataset(**vars(parser.parse_args(argv))))
-    except PhantomError as error:
+    except (PhantomError, OSError) as error:  # OSError: disk full, no permission
         parser.exit(2, f"phantom.py: {error}\n")
 
 

@@ -34,9 +34,8 @@ from metrics import score
 from unet import UNet
 
 VERSION = 3  # of the checkpoint; train.py writes it, load_checkpoint understands it
-# What of its scan's header a mask has, too: where the voxels lie, and nothing of what they meant.
-GEOMETRY = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
-            "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
+# The fields of its scan's header that a mask has, too, begin so: where the voxels lie, and nothing of what they meant.
+GEOMETRY = ("pixdim", "xyzt", "q", "sform", "srow")
 
 # ------------------------------------------------------------------------------------------------ device and precision
 
@@ -92,18 +91,16 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     Raises:
         DataError: no file, no checkpoint of this project, or one of another version.
     """
-    reason = "damaged, or no checkpoint of train.py"
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        version = checkpoint["version"]
-        whole = version != VERSION or checkpoint.keys() >= {"model", "network", "preprocess", "split"}
+        version, *_ = (checkpoint[key] for key in ("version", "model", "network", "preprocess", "split"))
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
-        whole = False
+        reason = "damaged, or no checkpoint of train.py"
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
         elif code := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"holds code, {code[1]}, which was not run: no checkpoint of train.py"
-    require(whole, f"{path}: {reason}; give the last.pt or best.pt of a run")
+        raise DataError(f"{path}: {reason}; give the last.pt or best.pt of a run") from None
     require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew, or take "
             "the project as it was then")
     return checkpoint
@@ -116,8 +113,8 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str
             net = UNet(**checkpoint["network"])
         net.load_state_dict(checkpoint["model"], assign=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = data.first_line(error)
-        raise DataError(f"{path}: its weights do not fit its network ({reason}); train it anew") from None
+        why = data.first_line(error)
+        raise DataError(f"{path}: its weights do not fit its network ({why}); train it anew") from None
     return net.to(device, torch.float32, memory_format=net.memory_format).eval()
 
 
@@ -182,19 +179,17 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
-    """Write a mask (D, H, W) on the scan's own grid: the file's shape, affine and header codes, the mask's dtype."""
+    """Write a mask (D, H, W) as .nii.gz on the scan's own grid: the file's shape, affine and header codes."""
     source = scan.source
     header = type(source.header)()
     header.set_data_shape(source.shape)
-    for field in GEOMETRY:
-        header[field] = source.header[field]
-    header.set_data_dtype(array.dtype)
+    for field in header:
+        if field.startswith(GEOMETRY):
+            header[field] = source.header[field]
     header["cal_max"], header["descrip"] = 1, "mask: 1 is the organ"  # cal_min and cal_max: what a viewer shows
-    image = type(source)(scan.restore(array), source.affine, header)
-    content = image.to_bytes()
-    if path.suffix == ".gz":
-        content = gzip.compress(content, 1, mtime=0)  # as nibabel does: fast, and the same bytes for the same mask
-    data.write_atomically(path, content)
+    image = type(source)(scan.restore(array), source.affine, header, dtype=array.dtype)
+    # As nibabel packs: fast, and the same bytes for the same mask.
+    data.write_atomically(path, gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -213,12 +208,10 @@ def find_scans(paths: Sequence[str], labelled: bool = False) -> dict[str, Path]:
 def predict_scan(path: Path, net: UNet, how: dict, precision: torch.dtype, batch_size: int) -> tuple[Scan, np.ndarray]:
     """A scan file, and the probabilities float32 (D, H, W) on its own grid; `how`: the checkpoint's preprocessing."""
     scan = data.read_scan(path, how["axis"])
+    volume = data.preprocess(scan.array, scan.spacing, how, path)
     try:
-        volume = data.preprocess(scan.array, scan.spacing, how)
         probability = predict_volume(net, volume, size=how["size"], smooth=how["smooth"], precision=precision,
                                      batch_size=batch_size)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
     except torch.cuda.OutOfMemoryError:
         raise DataError(f"{path}: out of GPU memory; lower --batch-size {batch_size}, or --device cpu") from None
     return scan, data.undo_preprocess(probability, scan.array.shape, how)
@@ -258,24 +251,21 @@ def predict(args: argparse.Namespace) -> list[dict]:
         scans = {name: path for name, path in scans.items() if name in split["val"]}
         require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
     labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
-    if labels:
-        unlabelled = sorted(scans.keys() - labels.keys())
-        require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
-        labels = {name: labels[name] for name in scans}
+    unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
+    require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
     if labels and (seen := scans.keys() & split["train"]):
         print(f"note: {len(seen)} of {len(scans)} scans have names that the network was trained on; "
               "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
-    targets = {name: Path(args.out, f"{name}.nii{path.suffix.lower().removeprefix('.nii')}")
-               for name, path in scans.items()}
+    targets = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
-    inputs = {path.resolve() for path in files}
-    ours = [str(path) for path in targets.values() if path.resolve() in inputs]
-    require(not ours, f"{data.listed(ours)}: the mask would overwrite a scan or a label; choose another --out")
+    ours = {path.resolve() for path in targets.values()} & {path.resolve() for path in files}
+    require(not ours, f"{data.listed(sorted(map(str, ours)))}: the mask would overwrite a scan or a label; choose "
+            "another --out")
     for path in files:  # All are looked at before the first mask is written.
         data.open_nifti(path)
 
     rows: list[dict] = []
-    bar = "{desc} {n_fmt} of {total_fmt} scans |{bar:30}| {elapsed} gone, {remaining} left"
+    bar = "{desc} {n_fmt} of {total_fmt} scans, {remaining} left |{bar}|"
     for name, path in tqdm(scans.items(), "predicting", bar_format=bar, disable=None):
         scan, probability = predict_scan(path, net, how, precision, args.batch_size)
         mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5

@@ -92,7 +92,7 @@ def test_a_hopeless_run_ends_in_one_line_and_saves_nothing(quick, tmp_path, monk
     poison(monkeypatch, math.nan, lambda index, epoch: epoch == 1 and index % share == 0)
     assert train.main([*quick, *RUN, "--norm", norm, "--engine", engine]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "epoch 2: " in error and "--lr" in error and "--precision fp32" in error
+    assert error.startswith("train.py: epoch 2: ") and "--lr" in error and "--precision fp32" in error
     for name in ("last.pt", "best.pt"):
         checkpoint = predict.load_checkpoint(tmp_path / "run" / name)
         assert len(checkpoint["log"]) == 1 and is_finite(checkpoint["model"])
