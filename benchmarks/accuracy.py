@@ -1,19 +1,20 @@
 """The ladder: recipes, one change a row, each to be measured with several seeds.
 
     python benchmarks/accuracy.py --data DIR                            # all rows, seeds 0, 1, 2: many hours
-    python benchmarks/accuracy.py --data DIR --only short --seeds 0     # one run of one row
-    python benchmarks/accuracy.py --data DIR --only short --fold 1      # another part of the scans is scored
+    python benchmarks/accuracy.py --data DIR --only volume --seeds 0 --fold 0 1 2 3 4      # each scan is scored once
+    python benchmarks/accuracy.py --data Task04_Hippocampus --only anterior posterior --seeds 0 --fold 0 1 2 3 4
     python benchmarks/accuracy.py --data DIR --limit-batches 2          # a dry run: 1 epoch of 2 batches, in runs/dry
     python benchmarks/accuracy.py --data DIR --cache FOLDER --workers 0 # what it does not know goes to train.py
 
-A run is one JSON, benchmarks/results/ladder/ROW_seedN.json (of other folds ROW_foldK_seedN.json). Runs that have theirs
-are passed over, and one that was stopped goes on where it was. The scores are of the last epoch, from the masks on disk
-(see record.py). `python benchmarks/table.py --write` makes the tables.
+A run is one JSON, benchmarks/results/ladder/ROW_seedN.json (of other folds ROW_foldK_seedN.json; of the second data set
+in results/hippocampus), made by record.py. Runs that have theirs are passed over, and one that was stopped goes on
+where it was. `python benchmarks/table.py --write` makes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,68 +24,69 @@ import record
 # Row: (the row that it changes, what it changes there, arguments of train.py, arguments of predict.py).
 # Where a change makes an epoch slower, the row has fewer epochs: rows are compared at about equal minutes.
 ROWS = {
-    "short": (None, "the short run", {"epochs": 8}, []),
-    "depth2": ("short", "two poolings instead of three", {"depth": 2}, []),
-    "classical": ("short", "the classical U-Net: no stem", {"stem": 1, "depth": 4, "width": 8, "epochs": 3}, []),
-    "zscore": ("short", "z-score without clipping", {"normalise": "zscore"}, []),
-    "geometry": ("short", "only the geometry augmented", {"augment": "geometry"}, []),
-    "attention": ("short", "attention gates", {"attention": ""}, []),
-    "default": (None, "no flag", {}, []),
-    "width32": ("default", "twice the width, two poolings", {"width": 32, "depth": 2, "epochs": 8}, []),
-    "stem2": ("default", "blocks of 2 x 2 voxels instead of 4 x 4", {"stem": 2, "epochs": 6}, []),
-    "stem2_batch8": ("stem2", "8 slices a batch instead of 16", {"batch_size": 8}, []),
-    "stem2_long": ("stem2", "an hour of one core", {"epochs": 16}, []),
-    "volume": (None, "patches of volumes, blocks of 4 x 4 x 4 voxels", {"dims": 3}, []),
-    "volume_component": ("volume", "largest component only", {}, ["--largest-component"]),
-    "volume_short": ("volume", "36 epochs instead of 64", {"epochs": 36}, []),
-    "volume_short_component": ("volume_short", "largest component only", {}, ["--largest-component"]),
+    "short": ("", "the short run", "--epochs 8", ""),
+    "default": ("", "no flag", "", ""),
+    "volume": ("", "patches of volumes, blocks of 4 x 4 x 4 voxels", "--dims 3", ""),
+    # Before slices were averaged and an epoch was 250 steps: a pass over the scans then, of 352 steps, in 3D of 71.
+    "former_short": ("", "the former short run", "--epochs 8 --steps 352", ""),
+    "depth2": ("former_short", "two poolings instead of three", "--depth 2", ""),
+    "classical": ("former_short", "the classical U-Net: no stem", "--stem 1 --depth 4 --width 8 --epochs 3", ""),
+    "zscore": ("former_short", "z-score without clipping", "--normalise zscore", ""),
+    "geometry": ("former_short", "only the geometry augmented", "--augment geometry", ""),
+    "attention": ("former_short", "attention gates", "--attention", ""),
+    "former": ("", "the former default", "--epochs 20 --steps 352", ""),
+    "width32": ("former", "twice the width, two poolings", "--width 32 --depth 2 --epochs 8", ""),
+    "stem2": ("former", "blocks of 2 x 2 voxels instead of 4 x 4", "--stem 2 --epochs 6", ""),
+    "stem2_batch8": ("stem2", "8 slices a batch instead of 16", "--batch-size 8", ""),
+    "stem2_long": ("stem2", "an hour of one core", "--epochs 16", ""),
+    "former_volume": ("", "the former 3D", "--dims 3 --epochs 64 --steps 71", ""),
+    "volume_component": ("former_volume", "largest component only", "", "--largest-component"),
+    "volume_short": ("former_volume", "36 epochs instead of 64", "--epochs 36", ""),
+    "volume_short_component": ("volume_short", "largest component only", "", "--largest-component"),
     # The recipe that this project started from (see train.py), for about as long as the default takes.
-    "seed": (None, "the first recipe: no norm, Dice loss, Adam 1e-4", {
-        "width": 64, "depth": 3, "stem": 1, "norm": "none", "loss": "dice", "lr": 1e-4, "schedule": "constant",
-        "weight_decay": 0, "clip": 0, "augment": "geometry", "normalise": "minmax", "crop": 32, "epochs": 1}, []),
+    "seed": ("", "the first recipe: no norm, Dice loss, Adam 1e-4",
+             "--width 64 --depth 3 --stem 1 --norm none --loss dice --lr 0.0001 --schedule constant --weight-decay 0 "
+             "--clip 0 --augment geometry --normalise minmax --crop 32 --epochs 1 --steps 352", ""),
+    # A second data set, on which nothing was chosen: the Decathlon's Task04_Hippocampus.
+    "anterior": ("", "the anterior hippocampus", "--dims 3 --label 1", ""),
+    "posterior": ("", "the posterior hippocampus", "--dims 3 --label 2", ""),
 }
+HIPPOCAMPUS = ("anterior", "posterior")
 
 
-def flags(arguments: dict) -> list[str]:
-    """Arguments of train.py as words of a command line; an empty value is a flag without one."""
-    words = []
-    for name, value in arguments.items():
-        words += [f"--{name.replace('_', '-')}", *([str(value)] if value != "" else [])]
-    return words
-
-
-def arguments(row: str) -> dict:
-    """All arguments of train.py of a row: those of the row that it changes, and its own."""
+def arguments(row: str) -> str:
+    """All arguments of train.py of a row: those of the row that it changes, then its own, which win."""
     base, _, own, _ = ROWS[row]
-    return (arguments(base) if base else {}) | own
+    return f"{arguments(base)} {own}".strip() if base else own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the runs of the ladder that have no result yet.",
                                      epilog="Other arguments are handed on to train.py: --cache, --workers, --device.")
-    parser.add_argument("--data", required=True, metavar="DIR", help="as in train.py")
-    parser.add_argument("--only", nargs="+", metavar="ROW", choices=ROWS, default=list(ROWS), help=", ".join(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default 0 1 2")
-    parser.add_argument("--fold", type=int, default=0, metavar="K", help="the part that is scored, 0 to 4")
-    parser.add_argument("--limit-batches", type=int, metavar="N", help="a dry run: 1 epoch of N batches, in runs/dry")
+    add, ladder = parser.add_argument, [row for row in ROWS if row not in HIPPOCAMPUS]
+    add("--data", required=True, metavar="DIR", help="as in train.py")
+    add("--only", nargs="+", metavar="ROW", choices=ROWS, default=ladder, help=", ".join(ROWS))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default 0 1 2")
+    add("--fold", nargs="+", type=int, default=[0], metavar="K", help="the parts that are scored, 0 to 4")
+    add("--limit-batches", type=int, metavar="N", help="a dry run: 1 epoch of N batches, in runs/dry")
     args, others = parser.parse_known_args(argv)
-    results, runs = record.RESULTS / "ladder", Path("runs/ladder")
+    results, runs = record.RESULTS, Path("runs/ladder")
     if args.limit_batches:
         results, runs = Path("runs/dry/results"), Path("runs/dry")
         others += ["--epochs", "1", "--limit-batches", str(args.limit_batches)]
-    for seed in args.seeds:  # outside: after a third of the time every row has its first result
-        for row in args.only:
-            base, change, own, prediction = ROWS[row]
-            tail = (f"_fold{args.fold}" if args.fold else "") + f"_seed{seed}"
-            if (results / f"{row}{tail}.json").exists():
-                print(f"{row}{tail}: done")
-                continue
-            print(f"\n{row}{tail}: {change}", flush=True)
-            told = arguments(row) | ({"fold": args.fold} if args.fold else {}) | {"seed": seed}
-            # A row that only predicts otherwise takes the run of the row that it changes.
-            out = runs / f"{row if own or not base else base}{tail}"
-            words = ["--data", args.data, *flags(told), *others, "--out", str(out)]
-            record.record(f"{row}{tail}", words, prediction, results)
+    # Rows last: after a third of the time every row has its first result.
+    for seed, fold, row in itertools.product(args.seeds, args.fold, args.only):
+        base, change, own, prediction = ROWS[row]
+        tail = f"_fold{fold}_seed{seed}" if fold else f"_seed{seed}"
+        folder = results / ("hippocampus" if row in HIPPOCAMPUS else "ladder")
+        if (folder / f"{row}{tail}.json").exists():
+            print(f"{row}{tail}: done")
+            continue
+        print(f"\n{row}{tail}: {change}", flush=True)
+        # A row that only predicts otherwise takes the run of the row that it changes.
+        out = runs / f"{row if own or not base else base}{tail}"
+        words = ["--data", args.data, *arguments(row).split(), "--fold", str(fold), "--seed", str(seed), *others]
+        record.record(f"{row}{tail}", [*words, "--out", str(out)], prediction.split(), folder)
     return 0
 
 

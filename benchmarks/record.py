@@ -2,51 +2,61 @@
 
     python benchmarks/record.py NAME --data DIR [others of train.py] [-- others of predict.py]   # results/NAME.json
 
-Every accuracy in the README is read from such a file. It names the command, commit, hardware, versions and date, and
-holds the scores of each scan (of the last epoch, from the masks on disk, distances in mm and in voxels) and the
-training log. Stopped, the same command goes on where it was.
+Every accuracy in the README is read from such a file: command, commit, hardware, date, the scores of each scan (of the
+last epoch, from the masks on disk), the training log, and what it took. Stopped, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 import data  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
-from metrics import score  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def hardware(device: str) -> str:
-    """The GPU, or the CPU with its cores and instructions; `device` as --device has it."""
-    if predict.pick_device(device).type == "cuda":
-        return torch.cuda.get_device_name()
+def write(path: Path, content: dict) -> None:
+    """A result as JSON, whole or not at all."""
+    data.write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def provenance(command: str, device: str) -> dict:
+    """What one must know of a measurement to repeat it; `device` as --device has it."""
+    commit, changes = (subprocess.run(["git", *words.split()], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+                       for words in ("rev-parse --short HEAD", "status --porcelain -uno"))
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    model = names[0] if names else platform.processor()
-    return f"CPU, {os.cpu_count()} cores, {model}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def commit() -> str:
-    run = lambda *command: subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
-    return run("rev-parse", "--short", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
+    model = re.search(r"^model name\s*: (.*)", info, re.M)
+    hardware = f"CPU, {os.cpu_count()} cores, {model[1] if model else platform.processor()}, "
+    hardware += torch.backends.cpu.get_cpu_capability()
+    if predict.pick_device(device).type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"command": command, "commit": commit + "+changes" * bool(changes), "hardware": hardware, "cores": cores,
+            "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
 def shown(arguments: Sequence[str]) -> str:
@@ -58,6 +68,40 @@ def shown(arguments: Sequence[str]) -> str:
     return shlex.join(words)
 
 
+@contextlib.contextmanager
+def watch(every: float = 1.0) -> Iterator[dict]:
+    """While the block runs: the most memory, and the seconds that the loop stood still for its next batch.
+
+    Memory is the PSS of this process and its workers, which counts a page once, however many share it; Linux alone
+    knows it. A GPU waits no longer than the loop: it still works on the last steps while the loop asks for a batch.
+    """
+    found, ended, plain = {"peak_gb": 0.0, "waited": 0.0}, threading.Event(), DataLoader.__iter__
+
+    def look() -> None:
+        while not ended.wait(every):
+            held = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    held += getattr(process.memory_full_info(), "pss", 0)
+            found["peak_gb"] = max(found["peak_gb"], held / 1e9)
+
+    def timed(loader: DataLoader) -> Iterator:
+        begun = time.perf_counter()
+        for batch in plain(loader):
+            found["waited"] += time.perf_counter() - begun
+            yield batch
+            begun = time.perf_counter()
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        with mock.patch.object(DataLoader, "__iter__", timed):
+            yield found
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def record(name: str, arguments: Sequence[str], prediction: Sequence[str] = (), results: Path = RESULTS) -> dict:
     """Train (or go on, or take the finished run), predict from files, write `results`/NAME.json.
 
@@ -66,37 +110,36 @@ def record(name: str, arguments: Sequence[str], prediction: Sequence[str] = (), 
         prediction: more arguments of predict.py, such as `--largest-component`.
     """
     args = train.parse_args([*arguments, "--resume"] if "--out" in arguments else arguments)
-    checkpoint = train.train(args)
-    last, labels = f"{checkpoint['out']}/last.pt", {pair.name: pair.label for pair in data.find_pairs(args.data)}
+    command = f"python benchmarks/record.py {Path(name).name} {shown(arguments)}"
+    content = provenance(command + (f" -- {shlex.join(prediction)}" if prediction else ""), args.device)
+    begins = not (args.out and Path(args.out, "last.pt").exists())
+    with watch() as found:
+        checkpoint = train.train(args)
+    last, labels = f"{checkpoint['out']}/last.pt", data.find_pairs(args.data)[0].label.parent
     rows = predict.predict(predict.parse_args([
-        args.data, "--checkpoint", last, "--out", f"{checkpoint['out']}/masks", "--labels",
-        str(next(iter(labels.values())).parent), "--held-out", "--device", args.device, "--precision", args.precision,
-        *prediction]))
-    for row in rows:
-        masks = (np.asarray(nib.load(path).dataobj) for path in (row.pop("mask"), labels[row["name"]]))
-        mask, truth = (np.isin(array, args.label) if args.label and i else array > 0 for i, array in enumerate(masks))
-        row |= {f"{key}_voxels": score(mask, truth, (1, 1, 1))[key] for key in ("hd95", "assd")}
-    mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "name"}
-    content = {
-        "command": f"python benchmarks/record.py {name} {shown(arguments)}"
-                   + (f" -- {shlex.join(prediction)}" if prediction else ""),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware(args.device),
+        args.data, "--checkpoint", last, "--out", f"{checkpoint['out']}/masks", "--labels", str(labels), "--held-out",
+        "--device", args.device, "--precision", args.precision, *prediction]))
+    log, numbers = checkpoint["log"], [key for key, value in rows[0].items() if isinstance(value, int | float)]
+    minutes = np.cumsum([row["system/seconds"] + row["system/validation_seconds"] for row in log]) / 60
+    content |= {
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "parameters": sum(value.numel() for key, value in checkpoint["model"].items()
                           if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))),
         "train_scans": len(checkpoint["split"]["train"]),
-        "minutes": sum(row["system/seconds"] + row["system/validation_seconds"] for row in checkpoint["log"]) / 60,
-        "mean": mean,
+        "minutes": minutes[-1],
+        "minutes_to": {f"{goal:.2f}": next((m for m, row in zip(minutes, log, strict=True) if row["val/dice"] >= goal),
+                                           None) for goal in (0.90, 0.91, 0.92)},  # of validation Dice
+        "mean": {key: float(np.mean([row[key] for row in rows])) for key in numbers},
         "worst_dice": min(row["dice"] for row in rows),
-        "scores": rows,
-        "log": checkpoint["log"],
+        "scores": [{key: row[key] for key in ("name", *numbers)} for row in rows],
+        "log": log,
     }
-    path = results / f"{name}.json"
-    data.write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
-    print(f"{path}\nfrom the masks on disk: {predict.summarise(rows)}", flush=True)
+    if begins:  # else only a part of the training was watched, or none
+        gpu = max(row["system/gpu_memory_gb"] for row in log)  # NaN without one
+        content["memory"] = {"processes_gb": found["peak_gb"], "gpu_gb": gpu}
+        content["waited_for_data"] = found["waited"] / sum(row["system/seconds"] for row in log)  # a share, at most
+    write(results / f"{name}.json", content)
+    print(f"{results / name}.json\nfrom the masks on disk: {predict.summarise(rows)}", flush=True)
     return content
 
 

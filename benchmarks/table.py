@@ -11,158 +11,146 @@ from __future__ import annotations
 import ast
 import io
 import json
+import math
 import re
-import shlex
 import sys
 import tokenize
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import accuracy
 import numpy as np
 from record import RESULTS, ROOT
 
-FILES = ("unet", "losses", "metrics", "data", "train", "predict", "visualize", "phantom")
+# ---------------------------------------------------------------------------------------------------------------- cells
 
 
-def markdown(head: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
+def markdown(rows: list[dict[str, str]], text_columns: int = 1) -> str:
     """A table whose first columns are text, to the left, and whose others are numbers, to the right."""
     if not rows:
         return "*Not measured yet.*"
-    lines = [head, ["---"] * text_columns + ["---:"] * (len(head) - text_columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rules = ["---" if i < text_columns else "---:" for i in range(len(rows[0]))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (rows[0], rules, *(row.values() for row in rows)))
 
 
-def read(folder: str, pattern: str = "*.json") -> list[dict]:
-    """The JSON files of a folder of results, each with its own path."""
-    paths = sorted((RESULTS / folder).glob(pattern))
-    return [json.loads(path.read_text()) | {"path": f"results/{folder}/{path.name}"} for path in paths]
+def read(pattern: str) -> list[dict]:
+    """The results of that name, each with its own path."""
+    return [json.loads(path.read_text()) | {"path": f"results/{path.relative_to(RESULTS)}"}
+            for path in sorted(RESULTS.glob(pattern))]
 
 
-def runs(row: str, fold: int = 0) -> list[dict]:
-    """The runs of a row of the ladder, one for each seed."""
-    return read("ladder", f"{row}{f'_fold{fold}' if fold else ''}_seed*.json")
-
-
-def of_all_folds(row: str) -> list[dict]:
+def of_all_folds(folder: str, row: str) -> list[dict]:
     """The runs of a row on the five folds, seed 0: each scan scored once, by a network that never saw it. Else none."""
-    records = [record for fold in range(5) for record in runs(row, fold)[:1]]
+    names = [f"{row}_seed*", *(f"{row}_fold{k}_seed*" for k in range(1, 5))]
+    records = [record for name in names for record in read(f"{folder}/{name}.json")[:1]]
     return records if len(records) == 5 else []
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean and standard deviation (N - 1) of several values, or the one there is."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
-def of(records: list[dict], key: str) -> list[float]:
-    """The mean over the scans of each run; of a distance that is infinite (an empty mask), infinite."""
-    return [record["mean"][key] for record in records]
+def scores(rows: list[dict], worst: float) -> dict[str, str]:
+    """Columns of the scores of several runs, or of several scans. A distance may be infinite: an empty mask."""
+    dice, jaccard, hd95, assd = ([row[key] for row in rows] for key in ("dice", "jaccard", "hd95", "assd"))
+    return {"Dice": spread(dice), "worst scan": f"{worst:.4f}", "Jaccard": spread(jaccard),
+            "HD95 mm": spread(hd95, 2), "ASSD mm": spread(assd, 2)}
 
 
-def machine(record: dict) -> str:
-    """The GPU, or how many cores the run took of which processor."""
-    if not record["hardware"].startswith("CPU"):
-        return record["hardware"]
-    return f"{record['threads']} core{'s' * (record['threads'] > 1)} of {record['hardware'].split(', ', 2)[-1]}"
+def costs(records: list[dict]) -> dict[str, str]:
+    """Columns of what the runs took: minutes on each machine that had some, and the most memory that was measured."""
+    machines: dict[str, list[float]] = {}
+    for record in records:
+        name, cores = record["hardware"], record.get("cores", record["threads"])
+        if name.startswith("CPU"):
+            name = f"{cores} core{'s' * (cores > 1)} of {name.split(', ', 2)[-1]}"
+        machines.setdefault(name, []).append(record["minutes"])
+    took = [f"{np.mean(machines[name]):.1f} on {name}" for name in sorted(machines, reverse=True)]
+    measured = [record["memory"] for record in records if "memory" in record]
+    peaks = [max((memory[key] for memory in measured), default=math.nan) for key in ("processes_gb", "gpu_gb")]
+    held = [f"{text}{peak:.1f} GB" for text, peak in zip(("", "GPU "), peaks, strict=True) if peak > 0]
+    return {"minutes": "; ".join(took), "memory": ", ".join(held), "runs": f"{len(records)}"}
 
 
-def minutes(records: list[dict]) -> str:
-    """How long a run took on each machine that had some."""
-    machines = sorted({machine(record) for record in records}, reverse=True)
-    means = (np.mean([record["minutes"] for record in records if machine(record) == name]) for name in machines)
-    return "; ".join(f"{mean:.1f} on {name}" for mean, name in zip(means, machines, strict=True))
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def measured(folder: str, rows: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of accuracy.py that have runs in a folder of results, with all their columns."""
+    lines = []
+    for row in rows:
+        base, change, own, prediction = accuracy.ROWS[row]
+        if records := read(f"{folder}/{row}_seed*.json"):
+            every = [scan["dice"] for record in of_all_folds(folder, row) for scan in record["scores"]]
+            command = f"`{f'python train.py --data DIR {accuracy.arguments(row)}'.strip()}`"
+            lines.append({
+                "row": f"[`{row}`]({records[0]['path']})", "changes": base,
+                "what": change + (f": `{own or prediction}`" if own or prediction else ""),
+                "command": "[the first recipe](train.py), one epoch" if row == "seed" else command,
+                **scores([record["mean"] for record in records], min(record["worst_dice"] for record in records)),
+                "M weights": f"{records[0]['parameters'] / 1e6:.2f}", "epochs": f"{len(records[0]['log'])}",
+                **costs(records), "Dice of all folds": f"{np.mean(every):.4f}" if every else ""})
+    return lines
 
 
 def expect() -> str:
-    """For the front page: what the commands reach that one types first."""
-    rows = []
-    for row in ("short", "default", "volume"):
-        if records := runs(row):
-            words = shlex.join(accuracy.flags(accuracy.arguments(row)))
-            every = [scan["dice"] for record in of_all_folds(row) for scan in record["scores"]]
-            rows.append([f"`{f'python train.py --data DIR {words}'.strip()}`", minutes(records),
-                         spread(of(records, "dice")), f"{min(record['worst_dice'] for record in records):.3f}",
-                         spread(of(records, "hd95"), 1), f"{len(records)}",
-                         f"{np.mean(every):.4f}" if every else ""])
-    head = ["command", "minutes", "Dice", "worst scan", "HD95 mm", "runs", "Dice of all folds"]
-    return markdown(head, rows, text_columns=2)
+    """For the front page: what the commands reach that one types first, on a CPU and on a GPU."""
+    lines = [line for folder in ("ladder", "gpu") for line in measured(folder, ("short", "default", "volume", "seed"))]
+    names = ("command", "minutes", "memory", "Dice", "worst scan", "HD95 mm", "runs", "Dice of all folds")
+    return markdown([{name: line[name] for name in names} for line in lines], text_columns=3)
 
 
 def ladder() -> str:
     """A line for each measured row of accuracy.py, in its order."""
-    rows = []
-    for row, (base, change, own, prediction) in accuracy.ROWS.items():
-        if records := runs(row):
-            words = shlex.join(accuracy.flags(own) + prediction)
-            rows.append([
-                f"[`{row}`]({records[0]['path']})", base or "", change + (f": `{words}`" if words else ""),
-                spread(of(records, "dice")), f"{min(record['worst_dice'] for record in records):.4f}",
-                spread(of(records, "jaccard")), spread(of(records, "hd95"), 2), spread(of(records, "assd"), 2),
-                f"{records[0]['parameters'] / 1e6:.2f}", f"{len(records[0]['log'])}",
-                minutes(records), f"{len(records)}"])
-    head = ["row", "changes", "what", "Dice", "worst scan", "Jaccard", "HD95 mm", "ASSD mm", "M weights", "epochs"]
-    return markdown([*head, "minutes", "runs"], rows, text_columns=3)
+    left_out = ("command", "memory", "Dice of all folds")
+    lines = measured("ladder", list(accuracy.ROWS))
+    return markdown([{name: line[name] for name in line if name not in left_out} for line in lines], text_columns=3)
 
 
-def folds() -> str:
-    """The rows that were run on all five folds."""
+def folds(folder: str = "ladder") -> str:
+    """The rows that were run on all five folds; mean and deviation are over the scans."""
     rows = []
     for row in accuracy.ROWS:
-        if records := of_all_folds(row):
+        if records := of_all_folds(folder, row):
             scans = [scan for record in records for scan in record["scores"]]
-            columns = {key: [scan[key] for scan in scans] for key in ("dice", "jaccard", "hd95", "assd")}
-            rows.append([f"`{row}`", f"{len(scans)}", spread(columns["dice"]), f"{min(columns['dice']):.4f}",
-                         f"{np.mean(columns['jaccard']):.4f}", spread(columns["hd95"], 2), spread(columns["assd"], 2),
-                         *(f"{dice:.4f}" for dice in of(records, "dice"))])
-    head = ["row", "scans", "Dice", "worst scan", "Jaccard", "HD95 mm", "ASSD mm"]
-    return markdown([*head, *(f"fold {k}" for k in range(5))], rows)
+            rows.append({"row": f"`{row}`", "scans": f"{len(scans)}",
+                         **scores(scans, min(scan["dice"] for scan in scans)),
+                         **{f"fold {k}": f"{record['mean']['dice']:.4f}" for k, record in enumerate(records)}})
+    return markdown(rows)
 
 
 def published() -> str:
-    """Scores of the literature (`published.json` cites them) above this project's, distances in voxels."""
-    rows = [[row["name"], *(f"{value:.2f}" for value in row["scores"])]
-            for row in json.loads((RESULTS / "published" / "published.json").read_text())]
+    """Scores of the literature (`published.json` cites them) above this project's, distances in voxels of 0.625 mm."""
+    factors = {"Dice %": ("dice", 100), "Jaccard %": ("jaccard", 100), "HD95": ("hd95", 1.6), "ASSD": ("assd", 1.6)}
+    lines = {entry["name"]: entry["scores"] for entry in json.loads((RESULTS / "published/published.json").read_text())}
     for row in ("short", "default", "volume"):
-        if records := runs(row):
-            scores = (100 * np.mean(of(records, "dice")), 100 * np.mean(of(records, "jaccard")),
-                      *(np.mean(of(records, f"{key}_voxels")) for key in ("hd95", "assd")))
-            rows.append([f"here, 64 labelled scans: `{row}`", *(f"{value:.2f}" for value in scores)])
-    return markdown(["trained on", "Dice %", "Jaccard %", "HD95", "ASSD"], rows)
+        if means := [record["mean"] for record in read(f"ladder/{row}_seed*.json")]:
+            lines[f"here, 64 labelled scans: `{row}`"] = [
+                factor * np.mean([mean[key] for mean in means]) for key, factor in factors.values()]
+    return markdown([{"trained on": name} | {key: f"{value:.2f}" for key, value in zip(factors, values, strict=True)}
+                     for name, values in lines.items()])
 
 
 def speed() -> str:
     rows = []
-    for record in read("speed"):
-        for name, row in record["rows"].items():
-            for line in row["checks"]:
-                low, high = min(line["values"]), max(line["values"])
-                rows.append([name, line["what"], f"{line['median']:.3g} {line['unit']}".strip(),
-                             f"{low:.3g} to {high:.3g}" if low < high else "", line["goal"],
-                             {True: "yes", False: "**no**", None: ""}[line.get("met")], row["commit"]])
-    return markdown(["row", "what", "median", "range", "goal", "met", "commit"], rows, text_columns=2)
-
-
-def engines() -> str:
-    rows = []
-    for record in read("engines"):
-        device = Path(record["path"]).stem.split("_")[1]
-        for row in record["rows"]:
-            difference = f"{row['difference']:.3g}" if "difference" in row else ""
-            rows.append([f"{row['row']} ({device})", f"{row['ratio']:.2f}",
-                         f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}", f"{len(row['ratios'])}", difference,
-                         row["commit"]])
-    return markdown(["seconds per epoch", "median ratio", "range", "rounds", "weights differ by", "commit"], rows)
+    for name, row in [item for record in read("speed/*.json") for item in record["rows"].items()]:
+        for line in row["checks"]:
+            low, high = min(line["values"]), max(line["values"])
+            rows.append({"row": name if row["hardware"].startswith("CPU") else f"{name}, {row['hardware']}",
+                         "what": line["what"], "median": f"{line['median']:.3g} {line['unit']}".strip(),
+                         "range": f"{low:.3g} to {high:.3g}" if low < high else "", "goal": line["goal"],
+                         "met": {True: "yes", False: "**no**", None: ""}[line.get("met")], "commit": row["commit"]})
+    return markdown(rows, text_columns=2)
 
 
 def code_lines(source: str) -> set[int]:
     """Numbers of the lines that hold code: no docstrings, comments and blanks."""
-    texts = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            texts |= set(range(node.lineno, node.end_lineno + 1))
+    texts = {n for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)
+             and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+             for n in range(node.lineno, node.end_lineno + 1)}
     silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)} - texts
@@ -170,24 +158,25 @@ def code_lines(source: str) -> set[int]:
 
 def files() -> str:
     rows = []
-    for name in FILES:
+    for name in ("unet", "losses", "metrics", "data", "train", "predict", "visualize", "phantom"):
         source = (ROOT / f"{name}.py").read_text()
         purpose = ast.get_docstring(ast.parse(source)).splitlines()[0].rstrip(".")
-        rows.append([f"[`{name}.py`]({name}.py)", purpose, str(len(code_lines(source)))])
-    return markdown(["file", "what it is", "lines of code"], rows, text_columns=2)
+        rows.append({"file": f"[`{name}.py`]({name}.py)", "what it is": purpose,
+                     "lines of code": f"{len(code_lines(source))}"})
+    return markdown(rows, text_columns=2)
 
 
-TABLES = {"README.md": (expect, files), "benchmarks/README.md": (ladder, folds, published, speed, engines)}
+TABLES = {"README.md": {"expect": expect, "files": files}, "benchmarks/README.md": {
+    "ladder": ladder, "folds": folds, "hippocampus": partial(folds, "hippocampus"), "published": published,
+    "speed": speed}}
 
 
 def main(write: bool, root: Path = ROOT) -> None:
     for page, tables in TABLES.items():
         text = (root / page).read_text()
-        for make in tables:
-            table = make()
-            print(f"{make.__name__}, {page}\n\n{table}\n")
-            start, end = f"<!-- {make.__name__} -->\n", "<!-- end -->"
-            text = re.sub(f"{start}.*?{end}", lambda _, whole=f"{start}{table}\n{end}": whole, text, flags=re.S)
+        for name, make in tables.items():
+            print(f"{name}, {page}\n\n{make()}\n")
+            text = re.sub(f"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\1{make()}\n\2", text, flags=re.S)
         if write:
             (root / page).write_text(text)
 

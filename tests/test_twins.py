@@ -129,13 +129,3 @@ def test_a_batch_that_cannot_be_shared_is_refused(quick, tmp_path):
     assert processes(2, [[*quick, "--batch-size", "3"]], tmp_path / "shown") == [2, 2]
     told = [(tmp_path / f"shown{number}").read_text() for number in range(2)]
     assert "--batch-size 3" in told[0] and "Traceback" not in told[1]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("engine", ["loop", "lightning"])
-def test_torchrun_of_one_process_on_cuda(quick, tmp_path, engine):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", train.__file__]
-    job = [*quick, "--device", "cuda", "--precision", "bf16", "--engine", engine]
-    shown = subprocess.run([*command, *job], capture_output=True, text=True, timeout=300)
-    assert shown.returncode == 0, shown.stderr
-    assert len(predict.load_checkpoint(tmp_path / "run" / "last.pt")["log"]) == 2

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The proof on a GPU, in twelve minutes at most: tests, both defaults, timings, larger networks, in this order.
+#
+#     benchmarks/gpu.sh DATA OUT                          # a bare machine with Python and a driver will do
+#     benchmarks/gpu.sh DATA OUT --device cpu --tiny      # a dry run of the whole, in tiny form
+#     WHEELS=DIR PYTHON=python3.12 benchmarks/gpu.sh ...  # install from a folder of wheels, by this Python
+#
+# Whatever is cut off at the end leaves the rest: OUT/stages.csv, OUT/logs, OUT/runs (pictures, and log.csv as it grows),
+# OUT/results/*.json. What is worth keeping goes to benchmarks/results/gpu and results/speed; then `table.py --write`.
+set -u
+data=$(realpath "$1") && out=$(realpath -m "$2") && shift 2 || exit 2
+device=cuda tiny="" repeats=3
+while [ $# -gt 0 ]; do
+    case $1 in
+        --device) device=$2; shift 2 ;;
+        --tiny) tiny="--width 2 --epochs 1 --limit-batches 2 --workers 0"; shift ;;
+        *) echo "gpu.sh: $1: expected --device or --tiny" >&2; exit 2 ;;
+    esac
+done
+cd "$(dirname "$0")/.." && mkdir -p "$out/logs"
+deadline=$((SECONDS + 720)) python=${PYTHON:-python3}
+echo "stage,seconds,exit code" > "$out/stages.csv"
+
+stage() {  # NAME, the seconds that it may take, its command
+    local name=$1 limit=$2 begun=$SECONDS code=0
+    shift 2
+    [ $limit -le $((deadline - SECONDS)) ] || limit=$((deadline - SECONDS))
+    [ $limit -gt 5 ] || return 0
+    timeout -k 5 $limit "$@" > "$out/logs/$name.log" 2>&1 || code=$?
+    echo "$name,$((SECONDS - begun)),$code" | tee -a "$out/stages.csv"
+}
+record() {  # NAME, seconds, arguments of train.py; --tiny last, for the last word counts
+    local name=$1 limit=$2
+    shift 2
+    stage "$name" "$limit" "$python" benchmarks/record.py "$out/results/${name}_seed0" --data "$data" --device $device \
+        --cache "$out/cache" --out "$out/runs/$name" --tensorboard "$out/logs" "$@" $tiny
+}
+
+if ! "$python" -c "import torch, imgaug, nibabel, tqdm, tensorboard, monai, lightning, psutil, pytest"; then
+    stage venv 60 "$python" -m venv "$out/venv"
+    python=$out/venv/bin/python
+    stage install 400 "$python" -m pip install ${WHEELS:+--no-index --find-links "$WHEELS"} -r requirements.txt \
+        pytest lightning monai psutil
+fi
+stage card 20 nvidia-smi
+stage versions 20 "$python" -m torch.utils.collect_env
+stage tests 75 "$python" -m pytest -v -rP tests/test_gpu.py
+record default 180
+record volume 240 --dims 3
+stage speed 120 "$python" benchmarks/speed.py --device $device --repeats 3 --results "$out/results" ${tiny:+--quick} \
+    --rows step prediction data engines
+record wide 720 --width 64
+record volume_wide 720 --dims 3 --width 64
+cat "$out/stages.csv"
