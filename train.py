@@ -581,12 +581,13 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     require(organ, f"{args.data}: no voxel of a label is foreground (--label {args.label}); there is nothing to learn")
 
     args.stem = args.stem or (4 if max(spacing[-args.dims :]) < 0.9 else 2)
-    # Larger slices are cropped, for training only: prediction takes them whole. The network pads up to `multiple`.
+    # Larger slices are cropped, for training only: prediction takes them whole. The network pads up to `multiple`; to
+    # save a fifth of the work, up to 5 % of the median length is cut instead.
     multiple = args.stem * 2**args.depth
     median_shape = np.median([scan.open("mask").shape[-args.dims :] for scan in train], axis=0)
     if args.dims == 3:
         median_shape = np.minimum(median_shape, np.multiply(LARGEST_PATCH, args.stem))
-    size = args.size or [max(round(length / multiple), 1) * multiple for length in median_shape]
+    size = args.size or [math.ceil(0.95 * length / multiple) * multiple for length in median_shape]
     enough = max(size) > multiple and min(size[-2:]) >= multiple
     require(enough, f"--size {size}: one voxel is left on the lowest level; lower --depth, or take above {multiple}")
     # As many samples as a step of bounded time can hold.
