@@ -8,37 +8,29 @@
 # Whatever is cut off at the end leaves the rest: OUT/stages.csv, OUT/logs, OUT/runs (pictures, and log.csv as it grows),
 # OUT/results/*.json. What is worth keeping goes to benchmarks/results/gpu and results/speed; then `table.py --write`.
 set -u
-data=$(realpath "$1") && out=$(realpath -m "$2") && shift 2 || exit 2
-device=cuda tiny="" repeats=3
-while [ $# -gt 0 ]; do
-    case $1 in
-        --device) device=$2; shift 2 ;;
-        --tiny) tiny="--width 2 --epochs 1 --limit-batches 2 --workers 0"; shift ;;
-        *) echo "gpu.sh: $1: expected --device or --tiny" >&2; exit 2 ;;
+data=$(realpath "$1") out=$(realpath -m "$2") device=cuda tiny=""
+for word in "${@:3}"; do
+    case $word in
+        cpu | cuda) device=$word ;;
+        --tiny) tiny="--width 2 --epochs 1 --limit-batches 2 --workers 0" ;;
     esac
 done
 cd "$(dirname "$0")/.." && mkdir -p "$out/logs"
 deadline=$((SECONDS + 720)) python=${PYTHON:-python3}
-echo "stage,seconds,exit code" > "$out/stages.csv"
 
 stage() {  # NAME, the seconds that it may take, its command
-    local name=$1 limit=$2 begun=$SECONDS code=0
-    shift 2
-    [ $limit -le $((deadline - SECONDS)) ] || limit=$((deadline - SECONDS))
-    [ $limit -gt 5 ] || return 0
-    timeout -k 5 $limit "$@" > "$out/logs/$name.log" 2>&1 || code=$?
-    echo "$name,$((SECONDS - begun)),$code" | tee -a "$out/stages.csv"
+    local begun=$SECONDS left=$((deadline - SECONDS))
+    [ $left -gt 5 ] || return
+    timeout -k 5 $(($2 < left ? $2 : left)) "${@:3}" > "$out/logs/$1.log" 2>&1
+    echo "$1,$((SECONDS - begun)) s,exit code $?" | tee -a "$out/stages.csv"
 }
-record() {  # NAME, seconds, arguments of train.py; --tiny last, for the last word counts
-    local name=$1 limit=$2
-    shift 2
-    stage "$name" "$limit" "$python" benchmarks/record.py "$out/results/${name}_seed0" --data "$data" --device $device \
-        --cache "$out/cache" --out "$out/runs/$name" --tensorboard "$out/logs" "$@" $tiny
+record() {  # NAME, seconds, arguments of train.py; those of --tiny last, for the last word counts
+    stage "$1" "$2" "$python" benchmarks/record.py "$out/results/$1_seed0" --data "$data" --device $device \
+        --cache "$out/cache" --out "$out/runs/$1" --tensorboard "$out/logs" "${@:3}" $tiny
 }
 
-if ! "$python" -c "import torch, imgaug, nibabel, tqdm, tensorboard, monai, lightning, psutil, pytest"; then
-    stage venv 60 "$python" -m venv "$out/venv"
-    python=$out/venv/bin/python
+if ! "$python" -c "import torch, nibabel, tensorboard, monai, lightning, psutil, pytest"; then
+    stage venv 60 "$python" -m venv "$out/venv" && python=$out/venv/bin/python
     stage install 400 "$python" -m pip install ${WHEELS:+--no-index --find-links "$WHEELS"} -r requirements.txt \
         pytest lightning monai psutil
 fi
@@ -51,4 +43,3 @@ stage speed 120 "$python" benchmarks/speed.py --device $device --repeats 3 --res
     --rows step prediction data engines
 record wide 720 --width 64
 record volume_wide 720 --dims 3 --width 64
-cat "$out/stages.csv"

@@ -49,8 +49,8 @@ def provenance(command: str, device: str) -> dict:
                        for words in ("rev-parse --short HEAD", "status --porcelain -uno"))
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*: (.*)", info, re.M)
-    hardware = f"CPU, {os.cpu_count()} cores, {model[1] if model else platform.processor()}, "
-    hardware += torch.backends.cpu.get_cpu_capability()
+    names = [f"{os.cpu_count()} cores", model[1] if model else platform.processor()]
+    hardware = ", ".join(["CPU", *names, torch.backends.cpu.get_cpu_capability()])
     if predict.pick_device(device).type == "cuda":
         hardware = torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -72,8 +72,8 @@ def shown(arguments: Sequence[str]) -> str:
 def watch(every: float = 1.0) -> Iterator[dict]:
     """While the block runs: the most memory, and the seconds that the loop stood still for its next batch.
 
-    Memory is the PSS of this process and its workers, which counts a page once, however many share it; Linux alone
-    knows it. A GPU waits no longer than the loop: it still works on the last steps while the loop asks for a batch.
+    Memory is PSS, which counts a page once, however many processes share it; Linux alone knows it. A GPU waits no
+    longer than the loop: it still works on the last steps while the loop asks for a batch.
     """
     found, ended, plain = {"peak_gb": 0.0, "waited": 0.0}, threading.Event(), DataLoader.__iter__
 
@@ -103,11 +103,9 @@ def watch(every: float = 1.0) -> Iterator[dict]:
 
 
 def record(name: str, arguments: Sequence[str], prediction: Sequence[str] = (), results: Path = RESULTS) -> dict:
-    """Train (or go on, or take the finished run), predict from files, write `results`/NAME.json.
+    """Train by `arguments`, predict from files with those of `prediction`, too, and write `results`/NAME.json.
 
-    Args:
-        arguments: of train.py, `--data` among them; with `--out` a run that was stopped goes on, one that ended stays.
-        prediction: more arguments of predict.py, such as `--largest-component`.
+    With `--out` among the arguments a run that was stopped goes on, and one that has ended is taken as it is.
     """
     args = train.parse_args([*arguments, "--resume"] if "--out" in arguments else arguments)
     command = f"python benchmarks/record.py {Path(name).name} {shown(arguments)}"

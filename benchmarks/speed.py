@@ -1,7 +1,7 @@
 """Time of each stage against what a user would pick instead: the plain form, MONAI, Lightning, one core.
 
     python benchmarks/speed.py [--rows step data] [--device cuda]     # benchmarks/results/speed/speed_cpu.json
-    python benchmarks/speed.py --help                                 # a line for each row
+    python benchmarks/speed.py --help                                 # what each row is
 
 The plain form is what tutorials write: float32, NCHW, Adam, the loss read in every step, imgaug by its own wrappers.
 The sides of a comparison take turns, A B, B A, ..., after a warm-up of each; a ratio is of neighbours in time, so that
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,9 +50,9 @@ QUICK = {"size": (32, 32), "batch": 2, "volume": (4, 32, 32), "scans": 2, "first
 
 
 def take_turns(sides: dict[str, Callable], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of each side, A B, B A, ..., after a warm-up; or what a side returns, if it measures by itself."""
+    """Seconds of each side, A B, B A, ..., after a warm-up if rounds are several; or what a side measured."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for n in range(-1, repeats):
+    for n in range(-1 if repeats > 1 else 0, repeats):
         for name in list(sides)[:: -1 if n % 2 else 1]:
             begun = time.perf_counter()
             measured = sides[name]()
@@ -69,9 +68,6 @@ def check(what: str, values: Sequence[float], goal: str = "", unit: str = "") ->
     median, limit = float(np.median(values)), float(goal.split()[-1]) if goal else None
     met = {} if not goal else {"met": median <= limit if goal.startswith("at most") else median >= limit}
     return {"what": what, "median": median, "unit": unit, "goal": goal, "values": [float(v) for v in values], **met}
-
-
-# ------------------------------------------------------------------------------------------------ sides of a comparison
 
 
 def training_step(net: nn.Module, image: Tensor, mask: Tensor, plain: bool = False, compiled: bool = False) -> Callable:
@@ -140,10 +136,6 @@ def epoch_seconds(launcher: Sequence[str], words: Sequence[str]) -> float:
     return float(np.median([row["system/seconds"] for row in log[1:]]))
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
-# The docstring is the row's line of --help.
-
-
 def step(s: dict, device: torch.device) -> list[dict]:
     """Training step: ours, the plain form, MONAI's as in its 2D tutorials; share of what the device can do."""
     from monai.networks import nets
@@ -209,22 +201,18 @@ def prediction(s: dict, device: torch.device) -> list[dict]:
 
 
 def engines(s: dict, device: torch.device) -> list[dict]:
-    """Seconds of an epoch: the loop over Lightning; on a CPU two processes over one, and two cores over one."""
-    python, lines = [sys.executable], []
-    torchrun = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
+    """Seconds of an epoch: the loop over Lightning, and on a CPU two cores over one."""
+    python, cores, lines = [sys.executable], [str(core) for core in sorted(os.sched_getaffinity(0))[:2]], []
     for name, more in s["trainings"].items():
-        words = ["--data", str(s["data"]), "--cache", str(SCRATCH / "cache"), "--fold", "all", "--device", device.type]
-        words += more.split()
-        pairs = {"loop / Lightning": ((python, words), (python, [*words, "--engine", "lightning"]), "at most 1.00")}
-        if device.type == "cpu":
-            pairs["2 processes / 1"] = (torchrun, words), (python, words), ""
+        words = ["--data", str(s["data"]), "--cache", str(SCRATCH / "cache"), "--fold", "all", "--device", device.type,
+                 *more.split()]
+        sides = "loop / Lightning", "at most 1.00", (python, words), (python, [*words, "--engine", "lightning"])
         if device.type == "cpu" and name == "default":
             both, one = (["taskset", "-c", ",".join(some), *python] for some in (cores, cores[:1]))
-            pairs = {"2 cores / 1": ((both, words), (one, words), "at most 0.60")}
-        for what, (a, b, goal) in pairs.items():
-            seconds = take_turns({"a": partial(epoch_seconds, *a), "b": partial(epoch_seconds, *b)}, s["repeats"])
-            lines.append(check(f"{what}, {name}", seconds["a"] / seconds["b"], goal))
+            sides = "2 cores / 1", "at most 0.60", (both, words), (one, words)
+        what, goal, *commands = sides
+        seconds = take_turns({n: partial(epoch_seconds, *command) for n, command in enumerate(commands)}, s["repeats"])
+        lines.append(check(f"{what}, {name}", seconds[0] / seconds[1], goal))
     return lines
 
 
@@ -232,25 +220,22 @@ ROWS = {"step": step, "data": data_path, "prediction": prediction, "engines": en
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    told = "rows:\n" + "\n".join(f"  {name:10}  {row.__doc__}" for name, row in ROWS.items())
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=told,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS), help="rows to measure (default: all)")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add, told = parser.add_argument, ". ".join(f"{name}: {row.__doc__}" for name, row in ROWS.items())
+    add("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS), help=told)
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--repeats", type=int, default=5, metavar="N", help="rounds of each comparison (default 5)")
     add("--quick", action="store_true", help="tiny sizes, one round: does it run at all?")
     add("--results", type=Path, default=RESULTS / "speed", metavar="DIR")
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
     predict.keep_freed_memory()
     path = args.results / f"{'quick' if args.quick else 'speed'}_{args.device}.json"
     record, s = json.loads(path.read_text()) if path.exists() else {"rows": {}}, QUICK if args.quick else FULL
     s |= {"repeats": 1 if args.quick else args.repeats, "data": SCRATCH / f"{s['scans']}-scans"}
     phantom.write_dataset(s["data"], scans=s["scans"], size=0.5 if args.quick else 1)
     for name in args.rows:
-        row = provenance(f"python benchmarks/speed.py --rows {name} --device {args.device}" + " --quick" * args.quick,
-                         args.device) | {"checks": ROWS[name](s, predict.pick_device(args.device))}
+        command = f"python benchmarks/speed.py --rows {name} --device {args.device}{' --quick' * args.quick}"
+        row = provenance(command, args.device) | {"checks": ROWS[name](s, predict.pick_device(args.device))}
         record["rows"][name] = row
         write(path, record)
         for line in row["checks"]:

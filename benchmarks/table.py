@@ -1,20 +1,15 @@
-"""The tables of the two READMEs: scores and timings from the JSON under benchmarks/results/, files from the code.
+"""The tables of the two READMEs, of the JSON under benchmarks/results/; what has not been measured is left out.
 
     python benchmarks/table.py            # print them
     python benchmarks/table.py --write    # put them between their marks, <!-- name --> and <!-- end -->
-
-What has not been measured is left out.
 """
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import math
 import re
 import sys
-import tokenize
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +17,6 @@ from pathlib import Path
 import accuracy
 import numpy as np
 from record import RESULTS, ROOT
-
-# ---------------------------------------------------------------------------------------------------------------- cells
 
 
 def markdown(rows: list[dict[str, str]], text_columns: int = 1) -> str:
@@ -75,9 +68,6 @@ def costs(records: list[dict]) -> dict[str, str]:
     return {"minutes": "; ".join(took), "memory": ", ".join(held), "runs": f"{len(records)}"}
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
 def measured(folder: str, rows: Sequence[str]) -> list[dict[str, str]]:
     """The rows of accuracy.py that have runs in a folder of results, with all their columns."""
     lines = []
@@ -99,7 +89,7 @@ def measured(folder: str, rows: Sequence[str]) -> list[dict[str, str]]:
 def expect() -> str:
     """For the front page: what the commands reach that one types first, on a CPU and on a GPU."""
     lines = [line for folder in ("ladder", "gpu") for line in measured(folder, ("short", "default", "volume", "seed"))]
-    names = ("command", "minutes", "memory", "Dice", "worst scan", "HD95 mm", "runs", "Dice of all folds")
+    names = "command", "minutes", "memory", "Dice", "worst scan", "HD95 mm", "runs", "Dice of all folds"
     return markdown([{name: line[name] for name in names} for line in lines], text_columns=3)
 
 
@@ -122,18 +112,6 @@ def folds(folder: str = "ladder") -> str:
     return markdown(rows)
 
 
-def published() -> str:
-    """Scores of the literature (`published.json` cites them) above this project's, distances in voxels of 0.625 mm."""
-    factors = {"Dice %": ("dice", 100), "Jaccard %": ("jaccard", 100), "HD95": ("hd95", 1.6), "ASSD": ("assd", 1.6)}
-    lines = {entry["name"]: entry["scores"] for entry in json.loads((RESULTS / "published/published.json").read_text())}
-    for row in ("short", "default", "volume"):
-        if means := [record["mean"] for record in read(f"ladder/{row}_seed*.json")]:
-            lines[f"here, 64 labelled scans: `{row}`"] = [
-                factor * np.mean([mean[key] for mean in means]) for key, factor in factors.values()]
-    return markdown([{"trained on": name} | {key: f"{value:.2f}" for key, value in zip(factors, values, strict=True)}
-                     for name, values in lines.items()])
-
-
 def speed() -> str:
     rows = []
     for name, row in [item for record in read("speed/*.json") for item in record["rows"].items()]:
@@ -146,29 +124,8 @@ def speed() -> str:
     return markdown(rows, text_columns=2)
 
 
-def code_lines(source: str) -> set[int]:
-    """Numbers of the lines that hold code: no docstrings, comments and blanks."""
-    texts = {n for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)
-             and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-             for n in range(node.lineno, node.end_lineno + 1)}
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)} - texts
-
-
-def files() -> str:
-    rows = []
-    for name in ("unet", "losses", "metrics", "data", "train", "predict", "visualize", "phantom"):
-        source = (ROOT / f"{name}.py").read_text()
-        purpose = ast.get_docstring(ast.parse(source)).splitlines()[0].rstrip(".")
-        rows.append({"file": f"[`{name}.py`]({name}.py)", "what it is": purpose,
-                     "lines of code": f"{len(code_lines(source))}"})
-    return markdown(rows, text_columns=2)
-
-
-TABLES = {"README.md": {"expect": expect, "files": files}, "benchmarks/README.md": {
-    "ladder": ladder, "folds": folds, "hippocampus": partial(folds, "hippocampus"), "published": published,
-    "speed": speed}}
+TABLES = {"README.md": {"expect": expect}, "benchmarks/README.md": {
+    "ladder": ladder, "folds": folds, "hippocampus": partial(folds, "hippocampus"), "speed": speed}}
 
 
 def main(write: bool, root: Path = ROOT) -> None:

@@ -1,14 +1,15 @@
 """House rules: files short enough to read, that stand alone, need only what is required, and start nothing."""
 
 import ast
+import io
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
-from table import code_lines
 
 import train
 
@@ -29,6 +30,17 @@ HOUSE = {
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")
 LONGEST = 60  # code lines of a function
+
+
+def code_lines(source: str) -> set[int]:
+    """Numbers of the lines that hold code: no docstrings, comments and blanks."""
+    texts = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            texts |= set(range(node.lineno, node.end_lineno + 1))
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)} - texts
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -54,6 +66,16 @@ def test_a_file_is_read_in_one_sitting(name):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert len(lines & set(range(node.lineno, node.end_lineno + 1))) <= LONGEST, node.name
+
+
+def test_the_readme_says_what_each_file_is_and_how_long():
+    """Between the marks `files`: the first line of each docstring, and the lines of code. The assertion prints it."""
+    table = "| file | what it is | lines of code |\n| --- | --- | ---: |\n"
+    for name in ("unet", "losses", "metrics", "data", "train", "predict", "visualize", "phantom"):
+        source = (ROOT / f"{name}.py").read_text()
+        purpose = ast.get_docstring(ast.parse(source)).splitlines()[0].rstrip(".")
+        table += f"| [`{name}.py`]({name}.py) | {purpose} | {len(code_lines(source))} |\n"
+    assert f"<!-- files -->\n{table}<!-- end -->" in (ROOT / "README.md").read_text(), f"README.md needs\n{table}"
 
 
 @pytest.mark.parametrize("name", ALONE)
