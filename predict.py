@@ -93,7 +93,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        version, *_ = (checkpoint[key] for key in ("version", "model", "network", "preprocess", "split"))
+        version, *_ = (checkpoint[key] for key in ("version", "model", "network", "preprocess", "split", "doubt_below"))
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
         reason = "damaged, or no checkpoint of train.py"
         if isinstance(error, FileNotFoundError):
@@ -170,6 +170,12 @@ def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndar
             total[window] += gaussian * values
             weight[window] += gaussian
     return total / weight
+
+
+def confidence(probability: np.ndarray) -> float:
+    """Mean probability of the voxels that are called organ, 0.5 to 1; 0 where there are none. Low where in doubt."""
+    called = probability[probability > 0.5]
+    return float(called.mean()) if called.size else 0.0
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
@@ -269,11 +275,14 @@ def predict(args: argparse.Namespace) -> list[dict]:
     for name, path in tqdm(scans.items(), "predicting", bar_format=bar, disable=None):
         scan, probability = predict_scan(path, net, how, precision, args.batch_size)
         mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5
-        rows.append({"name": name, "mask": str(targets[name])})
+        rows.append({"name": name, "mask": str(targets[name]), "confidence": confidence(probability)})
         if labels:  # first: of a broken label, no mask
             rows[-1] |= score(mask, data.read_mask(labels[name], scan, how["label"]) > 0, scan.spacing)
         write_on_scan_grid(targets[name], mask.astype(np.uint8), scan)
     print(f"{len(rows)} masks in {args.out}")
+    for row in rows:
+        if row["confidence"] < checkpoint["doubt_below"]:
+            print(f"{row['name']}: doubtful, confidence {row['confidence']:.3f}, below {checkpoint['doubt_below']:.3f}")
     if labels:
         data.write_csv(Path(args.out, "scores.csv"), rows)
         print(f"{summarise(rows)}\n{args.out}/scores.csv")

@@ -137,8 +137,8 @@ def fit_loop(run: Run) -> None:
             continue
 
         # -- save ----------------------------------------------------------------------- ModelCheckpoint
-        content = run.recipe | {"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                                "scaler": scaler.state_dict(), "log": log, "scans": scan_scores(rows)}
+        content = run.recipe | validation(rows) | {"model": net.state_dict(), "optimizer": optimizer.state_dict(),
+                                                   "scaler": scaler.state_dict(), "log": log}
         torch.save(content, buffer := io.BytesIO())
         if is_best(log):
             data.write_atomically(run.out / "best.pt", buffer.getbuffer())
@@ -205,7 +205,7 @@ def fit_lightning(run: Run) -> None:
                 write_log(run, log, self.rows, self.logger.experiment)
 
         def on_save_checkpoint(self, checkpoint):
-            checkpoint |= run.recipe | {"model": net.state_dict(), "log": log, "scans": scan_scores(self.rows)}
+            checkpoint |= run.recipe | validation(self.rows) | {"model": net.state_dict(), "log": log}
 
     often = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = pl.callbacks.ModelCheckpoint(run.out, "best", monitor="dice", mode="max", **often)
@@ -279,8 +279,8 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
     """Score each scan in its own space.
 
     Returns:
-        One row per scan: name, dice, truth and prediction (foreground voxels), voxels; of the slice that holds most of
-        the organ `slice` (from 1), `slices` (of how many) and `panel`: image, truth and probability (H, W).
+        One row per scan: name, dice, confidence, truth and prediction (foreground voxels), voxels; of the slice that
+        holds most of the organ `slice` (from 1), `slices` (of how many), `panel`: image, truth, probability (H, W).
     """
     how, rows = run.recipe["preprocess"], []
     hidden = None if run.rank == 0 and len(scans) > 1 else True
@@ -288,9 +288,11 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
         image, mask, truth = scan.open("image"), scan.open("mask"), scan.open("truth")
         probability = predict.predict_volume(run.net, image, size=how["size"], smooth=how["smooth"],
                                              precision=run.precision, batch_size=run.args.batch_size)
-        prediction = data.undo_preprocess(probability, truth.shape, how) > 0.5
+        answer = data.undo_preprocess(probability, truth.shape, how)
+        prediction = answer > 0.5
         fullest = int(mask.sum(axis=(1, 2)).argmax())
-        rows.append({"name": scan.name, "dice": dice(prediction, truth > 0), "truth": int(np.count_nonzero(truth)),
+        rows.append({"name": scan.name, "dice": dice(prediction, truth > 0),
+                     "confidence": predict.confidence(answer), "truth": int(np.count_nonzero(truth)),
                      "prediction": int(np.count_nonzero(prediction)), "voxels": truth.size,
                      "slice": fullest + 1, "slices": len(mask),
                      "panel": [np.float32(array[fullest]) for array in (image, mask, probability)]})
@@ -306,9 +308,12 @@ def gather_rows(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: row["name"])
 
 
-def scan_scores(rows: list[dict]) -> dict[str, float]:
-    """The Dice of each validation scan, by name."""
-    return {row["name"]: row["dice"] for row in rows}
+def validation(rows: list[dict]) -> dict:
+    """What a checkpoint keeps of its validation: the Dice of each scan, and the confidence below which predict.py calls
+    a mask doubtful, two standard deviations under the mean of these scans (NaN without any: then it never does)."""
+    values = [row["confidence"] for row in rows] or [math.nan]
+    return {"scans": {row["name"]: row["dice"] for row in rows},
+            "doubt_below": float(np.mean(values) - 2 * np.std(values))}
 
 
 def share_buffers(run: Run) -> None:
@@ -388,14 +393,14 @@ def write_log(run: Run, log: list[dict], rows: list[dict], writer: SummaryWriter
     say("  ".join(parts))
     with only_warn("log"):
         data.write_csv(run.out / "log.csv", [{"epoch": n, **row} for n, row in enumerate(log, start=1)])
-    figure = draw_panels(rows[:4]) if rows else None
-    with only_warn("picture"):
-        if figure:
+    if rows:
+        figure = draw_panels(rows[:4])
+        with only_warn("picture"):
             visualize.save(figure, run.out / "validation.png")
     with only_warn("TensorBoard"):
         for name, value in row.items():
             writer.add_scalar(name, value, epoch)
-        if figure:
+        if rows:
             writer.add_image("validation", visualize.rgb(figure), epoch, dataformats="HWC")
         writer.flush()
 

@@ -120,7 +120,8 @@ def rename(name, new, folders=("imagesTr", "labelsTr")):
 
 def checkpoint(**changes):
     return lambda: torch.save({"version": predict.VERSION, "model": UNet(**NETWORK).state_dict(), "network": NETWORK,
-                               "preprocess": HOW, "split": {"train": [], "val": []}} | changes, "last.pt")
+                               "preprocess": HOW, "split": {"train": [], "val": []}, "doubt_below": 0.0} | changes,
+                              "last.pt")
 
 
 def both(*plants):

@@ -48,7 +48,7 @@ def checkpoint(tmp_path):
     def save(how=PREPROCESS, **changes):
         network = {"in_channels": 1, "out_channels": 1, "dims": 2, "width": 2, "depth": 2, "norm": "none"}
         content = {"version": predict.VERSION, "model": UNet(**network).state_dict(), "network": network,
-                   "preprocess": how, "split": {"train": ["seen"], "val": ["kept"]}}
+                   "preprocess": how, "split": {"train": ["seen"], "val": ["kept"]}, "doubt_below": 0.0}
         torch.save(content | changes, tmp_path / "checkpoint.pt")
         return tmp_path / "checkpoint.pt"
 
@@ -242,6 +242,21 @@ def test_devices_and_precision():
     assert predict.pick_device("cpu").type == "cpu"
     with pytest.raises(DataError, match="--device nonsense"):
         predict.pick_device("nonsense")
+
+
+@pytest.mark.parametrize(("below", "doubtful"), [(0.0, False), (0.9, False), (1.1, True)])
+def test_a_mask_is_called_doubtful_where_its_confidence_is_lower_than_in_validation(
+        checkpoint, write_nifti, tmp_path, capsys, below, doubtful):
+    scan = write_nifti(tmp_path / "set" / "a.nii.gz", np.kron(np.eye(4), np.ones((10, 10)))[..., None].repeat(4, 2))
+    (row,) = predict.predict(predict.parse_args([
+        str(scan), "--checkpoint", str(checkpoint(doubt_below=below)), "--out", str(tmp_path / "masks"), "--device",
+        "cpu", "--precision", "fp32"]))
+    assert ("a: doubtful, confidence" in capsys.readouterr().out) == doubtful and 0 <= row["confidence"] <= 1
+
+
+def test_confidence_by_hand():
+    probability = np.float32([[0.2, 0.6], [0.8, 0.5]])
+    assert predict.confidence(probability) == pytest.approx(0.7) and predict.confidence(probability * 0.1) == 0
 
 
 def test_neighbouring_slices_speak_for_one_that_was_spoilt():
