@@ -146,6 +146,9 @@ def fit_loop(run: Run) -> None:
 
         # -- log ------------------------------------------------------------------------ on_train_epoch_end
         write_log(run, log, rows, writer)
+    if run.rank == 0:
+        with only_warn("TensorBoard"):
+            writer.close()                                                              # teardown
 
 
 # --------------------------------------------------------------------------------------------------- its Lightning twin
