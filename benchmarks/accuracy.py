@@ -4,14 +4,10 @@
     python benchmarks/accuracy.py --data DIR --only volume --seeds 0 --fold 0 1 2 3 4      # each scan is scored once
     python benchmarks/accuracy.py --data Task04_Hippocampus --only anterior posterior --seeds 0 --fold 0 1 2 3 4
     python benchmarks/accuracy.py --data DIR --limit-batches 2          # a dry run: 1 epoch of 2 batches, in runs/dry
-    python benchmarks/accuracy.py --data DIR --cache FOLDER --workers 0 # what it does not know goes to train.py
 
-A run is one JSON, benchmarks/results/ladder/ROW_seedN.json (of other folds ROW_foldK_seedN.json; of the second data set
-in results/hippocampus), made by record.py. Runs that have theirs are passed over, and one that was stopped goes on
-where it was. `python benchmarks/table.py --write` makes the tables.
+A run is one JSON of record.py, results/ladder/ROW_seedN.json (of other folds ROW_foldK_seedN.json; of the second data
+set in results/hippocampus). Runs that have theirs are passed over, and one that was stopped goes on where it was.
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
@@ -61,8 +57,8 @@ def arguments(row: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure the runs of the ladder that have no result yet.",
-                                     epilog="Other arguments are handed on to train.py: --cache, --workers, --device.")
+    parser = argparse.ArgumentParser(description="Measure the runs of the ladder that have no result yet. What is not "
+                                     "named here is handed on to train.py: --cache, --workers, --device.")
     add, ladder = parser.add_argument, [row for row in ROWS if row not in HIPPOCAMPUS]
     add("--data", required=True, metavar="DIR", help="as in train.py")
     add("--only", nargs="+", metavar="ROW", choices=ROWS, default=ladder, help=", ".join(ROWS))

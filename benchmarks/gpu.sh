@@ -4,20 +4,14 @@
 #     benchmarks/gpu.sh DATA OUT                          # a bare machine with Python and a driver will do
 #     benchmarks/gpu.sh DATA OUT --device cpu --tiny      # a dry run of the whole, in tiny form
 #     WHEELS=DIR PYTHON=python3.12 benchmarks/gpu.sh ...  # install from a folder of wheels, by this Python
-#
-# Whatever is cut off at the end leaves the rest: OUT/stages.csv, OUT/logs, OUT/runs (pictures, and log.csv as it grows),
-# OUT/results/*.json. What is worth keeping goes to benchmarks/results/gpu and results/speed; then `table.py --write`.
+# What is cut off leaves the rest: OUT/stages.csv, logs, runs (pictures; log.csv as it grows), results/*.json. Of these the
+# runs go to benchmarks/results/gpu, speed_cuda.json to results/speed; then `python benchmarks/table.py --write`.
 set -u
 data=$(realpath "$1") out=$(realpath -m "$2") device=cuda tiny=""
-for word in "${@:3}"; do
-    case $word in
-        cpu | cuda) device=$word ;;
-        --tiny) tiny="--width 2 --epochs 1 --limit-batches 2 --workers 0" ;;
-    esac
-done
+case " $* " in *" --device cpu "*) device=cpu ;; esac
+case " $* " in *" --tiny "*) tiny="--width 2 --epochs 1 --limit-batches 2 --workers 0" ;; esac
 cd "$(dirname "$0")/.." && mkdir -p "$out/logs"
 deadline=$((SECONDS + 720)) python=${PYTHON:-python3}
-
 stage() {  # NAME, the seconds that it may take, its command
     local begun=$SECONDS left=$((deadline - SECONDS))
     [ $left -gt 5 ] || return
@@ -28,7 +22,6 @@ record() {  # NAME, seconds, arguments of train.py; those of --tiny last, for th
     stage "$1" "$2" "$python" benchmarks/record.py "$out/results/$1_seed0" --data "$data" --device $device \
         --cache "$out/cache" --out "$out/runs/$1" --tensorboard "$out/logs" "${@:3}" $tiny
 }
-
 if ! "$python" -c "import torch, nibabel, tensorboard, monai, lightning, psutil, pytest"; then
     stage venv 60 "$python" -m venv "$out/venv" && python=$out/venv/bin/python
     stage install 400 "$python" -m pip install ${WHEELS:+--no-index --find-links "$WHEELS"} -r requirements.txt \
@@ -36,10 +29,11 @@ if ! "$python" -c "import torch, nibabel, tensorboard, monai, lightning, psutil,
 fi
 stage card 20 nvidia-smi
 stage versions 20 "$python" -m torch.utils.collect_env
-stage tests 75 "$python" -m pytest -v -rP tests/test_gpu.py
+stage tests 60 "$python" -m pytest -v -rP tests/test_gpu.py
 record default 180
 record volume 240 --dims 3
-stage speed 120 "$python" benchmarks/speed.py --device $device --repeats 3 --results "$out/results" ${tiny:+--quick} \
-    --rows step prediction data engines
+speed=("$python" benchmarks/speed.py --device $device ${tiny:+--quick} --results "$out/results")
+stage speed 75 "${speed[@]}" --repeats 3 --rows step data prediction
+stage engines 75 "${speed[@]}" --repeats 1 --rows engines
 record wide 720 --width 64
 record volume_wide 720 --dims 3 --width 64

@@ -6,14 +6,11 @@ Every accuracy in the README is read from such a file: command, commit, hardware
 last epoch, from the masks on disk), the training log, and what it took. Stopped, the same command goes on where it was.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -39,7 +36,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def write(path: Path, content: dict) -> None:
-    """A result as JSON, whole or not at all."""
     data.write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
@@ -48,9 +44,8 @@ def provenance(command: str, device: str) -> dict:
     commit, changes = (subprocess.run(["git", *words.split()], cwd=ROOT, capture_output=True, text=True).stdout.strip()
                        for words in ("rev-parse --short HEAD", "status --porcelain -uno"))
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*: (.*)", info, re.M)
-    names = [f"{os.cpu_count()} cores", model[1] if model else platform.processor()]
-    hardware = ", ".join(["CPU", *names, torch.backends.cpu.get_cpu_capability()])
+    model = next((line.split(": ")[1] for line in info.splitlines() if "model name" in line), platform.processor())
+    hardware = f"CPU, {os.cpu_count()} cores, {model}, {torch.backends.cpu.get_cpu_capability()}"
     if predict.pick_device(device).type == "cuda":
         hardware = torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -75,7 +70,7 @@ def watch(every: float = 1.0) -> Iterator[dict]:
     Memory is PSS, which counts a page once, however many processes share it; Linux alone knows it. A GPU waits no
     longer than the loop: it still works on the last steps while the loop asks for a batch.
     """
-    found, ended, plain = {"peak_gb": 0.0, "waited": 0.0}, threading.Event(), DataLoader.__iter__
+    found, ended, plain = {"gb": 0.0, "waited": 0.0}, threading.Event(), DataLoader.__iter__
 
     def look() -> None:
         while not ended.wait(every):
@@ -83,7 +78,7 @@ def watch(every: float = 1.0) -> Iterator[dict]:
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):  # it has ended
                     held += getattr(process.memory_full_info(), "pss", 0)
-            found["peak_gb"] = max(found["peak_gb"], held / 1e9)
+            found["gb"] = max(found["gb"], held / 1e9)
 
     def timed(loader: DataLoader) -> Iterator:
         begun = time.perf_counter()
@@ -133,8 +128,7 @@ def record(name: str, arguments: Sequence[str], prediction: Sequence[str] = (), 
         "log": log,
     }
     if begins:  # else only a part of the training was watched, or none
-        gpu = max(row["system/gpu_memory_gb"] for row in log)  # NaN without one
-        content["memory"] = {"processes_gb": found["peak_gb"], "gpu_gb": gpu}
+        content["memory"] = {"processes_gb": found["gb"], "gpu_gb": max(row["system/gpu_memory_gb"] for row in log)}
         content["waited_for_data"] = found["waited"] / sum(row["system/seconds"] for row in log)  # a share, at most
     write(results / f"{name}.json", content)
     print(f"{results / name}.json\nfrom the masks on disk: {predict.summarise(rows)}", flush=True)

@@ -1,14 +1,11 @@
 """Time of each stage against what a user would pick instead: the plain form, MONAI, Lightning, one core.
 
-    python benchmarks/speed.py [--rows step data] [--device cuda]     # benchmarks/results/speed/speed_cpu.json
-    python benchmarks/speed.py --help                                 # what each row is
+    python benchmarks/speed.py [--rows step data] [--device cuda]     # results/speed/speed_cpu.json; --help: the rows
 
 The plain form is what tutorials write: float32, NCHW, Adam, the loss read in every step, imgaug by its own wrappers.
 The sides of a comparison take turns, A B, B A, ..., after a warm-up of each; a ratio is of neighbours in time, so that
 a machine that is shared slows both; the median is held against the goal. The JSON is written after each row.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -43,7 +40,7 @@ FULL = {"size": (192, 160), "batch": 8, "volume": (110, 320, 320), "scans": 20,
         "default": {"width": default.width, "depth": default.depth, "stem": 4},  # of voxels below 0.9 mm
         "trainings": {"width 8": "--width 8 --size 128 96 --limit-batches 30 --epochs 3 --workers 1",
                       "width 64": "--width 64 --size 64 64 --limit-batches 5 --epochs 3 --workers 1",
-                      "default": "--size 192 160 --limit-batches 120 --epochs 3"}}
+                      "default": "--stem 4 --size 192 160 --limit-batches 120 --epochs 3"}}
 TINY = "--width 2 --depth 1 --size 16 16 --limit-batches 2 --epochs 2 --workers 0"
 QUICK = {"size": (32, 32), "batch": 2, "volume": (4, 32, 32), "scans": 2, "first recipe": {"width": 2},
          "default": {"width": 2}, "trainings": {"width 8": TINY, "default": TINY}}  # for a test to run every row
@@ -151,8 +148,7 @@ def step(s: dict, device: torch.device) -> list[dict]:
         with FlopCounterMode(display=False) as counter:
             sides[name]()
         operations[name] = counter.get_total_flops()
-    if device.type == "cuda":  # on a CPU torch.compile needs a C++ compiler
-        for name, net in ours.items():
+        if name in ours and device.type == "cuda":  # on a CPU torch.compile needs a C++ compiler
             sides[f"{name}, compiled"] = training_step(net, image, mask, compiled=True)
             operations[f"{name}, compiled"] = operations[name]
     n = 8192 if device.type == "cuda" else 1024  # what the device can do: the product of two large matrices
@@ -176,8 +172,8 @@ def data_path(s: dict, device: torch.device) -> list[dict]:
     for name, augment in {"plain form": plain_augment(), "MONAI": monai_augment()}.items():
         sets[name] = data.SliceDataset(scans, s["size"])
         sets[name].augment = augment
-    seconds = take_turns({name: partial(list, DataLoader(slices, s["batch"], num_workers=1, persistent_workers=True))
-                          for name, slices in sets.items()}, s["repeats"])
+    how = {"batch_size": s["batch"], "num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    seconds = take_turns({name: partial(list, DataLoader(one, **how)) for name, one in sets.items()}, s["repeats"])
     lines = [check("geometry: slices/s / plain form's", seconds["plain form"] / seconds["geometry"], "at least 1.1"),
              check("full: slices/s / MONAI's", seconds["MONAI"] / seconds["full"], "at least 1.5")]
     return lines + [check(f"slices/s of a worker, {name}", len(sets[name]) / seconds[name]) for name in sets]
@@ -202,13 +198,13 @@ def prediction(s: dict, device: torch.device) -> list[dict]:
 
 def engines(s: dict, device: torch.device) -> list[dict]:
     """Seconds of an epoch: the loop over Lightning, and on a CPU two cores over one."""
-    python, cores, lines = [sys.executable], [str(core) for core in sorted(os.sched_getaffinity(0))[:2]], []
+    python, lines, cores = [sys.executable], [], sorted(os.sched_getaffinity(0))[:2]
     for name, more in s["trainings"].items():
         words = ["--data", str(s["data"]), "--cache", str(SCRATCH / "cache"), "--fold", "all", "--device", device.type,
                  *more.split()]
         sides = "loop / Lightning", "at most 1.00", (python, words), (python, [*words, "--engine", "lightning"])
         if device.type == "cpu" and name == "default":
-            both, one = (["taskset", "-c", ",".join(some), *python] for some in (cores, cores[:1]))
+            both, one = (["taskset", "-c", ",".join(map(str, some)), *python] for some in (cores, cores[:1]))
             sides = "2 cores / 1", "at most 0.60", (both, words), (one, words)
         what, goal, *commands = sides
         seconds = take_turns({n: partial(epoch_seconds, *command) for n, command in enumerate(commands)}, s["repeats"])
@@ -231,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     predict.keep_freed_memory()
     path = args.results / f"{'quick' if args.quick else 'speed'}_{args.device}.json"
     record, s = json.loads(path.read_text()) if path.exists() else {"rows": {}}, QUICK if args.quick else FULL
-    s |= {"repeats": 1 if args.quick else args.repeats, "data": SCRATCH / f"{s['scans']}-scans"}
+    s = s | {"repeats": 1 if args.quick else args.repeats, "data": SCRATCH / f"{s['scans']}-scans"}
     phantom.write_dataset(s["data"], scans=s["scans"], size=0.5 if args.quick else 1)
     for name in args.rows:
         command = f"python benchmarks/speed.py --rows {name} --device {args.device}{' --quick' * args.quick}"

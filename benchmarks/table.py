@@ -4,8 +4,6 @@
     python benchmarks/table.py --write    # put them between their marks, <!-- name --> and <!-- end -->
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -95,9 +93,9 @@ def expect() -> str:
 
 def ladder() -> str:
     """A line for each measured row of accuracy.py, in its order."""
-    left_out = ("command", "memory", "Dice of all folds")
-    lines = measured("ladder", list(accuracy.ROWS))
-    return markdown([{name: line[name] for name in line if name not in left_out} for line in lines], text_columns=3)
+    left_out = "command", "memory", "Dice of all folds"
+    return markdown([{name: cell for name, cell in line.items() if name not in left_out}
+                     for line in measured("ladder", list(accuracy.ROWS))], text_columns=3)
 
 
 def folds(folder: str = "ladder") -> str:
