@@ -563,9 +563,10 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
         train, val, and a dict: split, files (checksums), preprocess (see `data.preprocess`; `size` is of a sample).
     """
     pairs = data.find_pairs(args.data)
-    for folder in (args.out or "runs", args.tensorboard):  # now, and not after minutes of reading
-        with data.one_line(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+    for folder in (Path(args.out or "runs"), Path(args.tensorboard)):  # now, and not after minutes of reading
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK)
+        require(writable, f"{folder}: {there} is no folder that can be written to; choose another")
     if saved:
         split, known = saved["split"], {*saved["split"]["train"], *saved["split"]["val"]}
         gone = known - {pair.name for pair in pairs}

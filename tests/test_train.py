@@ -293,7 +293,7 @@ def test_each_run_folder_has_its_own_place_in_tensorboard(quick, tmp_path, monke
 def test_a_place_that_cannot_be_made_is_told_before_the_work(quick, tmp_path, capsys, monkeypatch, flag):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(data, "cache_scans", lambda *_: pytest.fail("the work has begun"))
-    refuse(capsys, [*quick, flag, tmp_path / "file" / "logs"], "file/logs: Not a directory")
+    refuse(capsys, [*quick, flag, tmp_path / "file" / "logs"], "file is no folder that can be written to")
 
 
 def test_a_checkpoint_alone_is_not_overwritten(quick, tmp_path, capsys):
