@@ -98,7 +98,7 @@ def mark(picture: np.ndarray, letters: str, title: str = "") -> np.ndarray:
     places = {"la": (4, 2), "ma": (width / 2, 2), "md": (width / 2, height - 2), "lm": (4, height / 2),
               "rm": (width - 4, height / 2)}
     for word, (anchor, place) in zip((title, *letters), places.items(), strict=False):
-        style = {"anchor": anchor, "font_size": 13, "stroke_width": 2, "stroke_fill": "black"}
+        style = {"anchor": anchor, "font_size": 13 if height > 80 else 9, "stroke_width": 2, "stroke_fill": "black"}
         ImageDraw.Draw(image).text(place, word, "white", **style)
     return np.array(image)
 
@@ -467,7 +467,6 @@ def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figu
     """
     figure = NotebookFigure((WIDTH / 100, 5.1 + 0.2 * len(logs)), dpi=100, layout="constrained")
     for axes, (title, columns) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
-        axes.set_ylim(0, None)
         # The first run is the widest line: it is seen where the others lie on it.
         for log, colour, width in zip(logs, cycle(RUNS), np.linspace(1.5, 4, len(logs))[::-1], strict=False):
             epochs = np.arange(1, len(log) + 1)
@@ -481,6 +480,7 @@ def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figu
                 side = "right" if 2 * best >= len(log) else "left"
                 axes.annotate(f"{mean[best]:.3f}", (epochs[best], mean[best]), (0, 7), textcoords="offset points",
                               ha=side, fontsize=9, color=colour)
+        axes.set_ylim(0, None)
         if "Dice" in title:
             fit_to_dice(axes)
         axes.grid(alpha=0.3)
