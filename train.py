@@ -397,7 +397,7 @@ def write_log(run: Run, log: list[dict], rows: list[dict], writer: SummaryWriter
     with only_warn("log"):
         data.write_csv(run.out / "log.csv", [{"epoch": n, **row} for n, row in enumerate(log, start=1)])
     if rows:
-        figure = draw_panels(rows[:4])
+        figure = draw_panels(rows[:4], run.recipe["preprocess"]["axis"])
         with only_warn("picture"):
             visualize.save(figure, run.out / "validation.png")
     with only_warn("TensorBoard"):
@@ -408,11 +408,16 @@ def write_log(run: Run, log: list[dict], rows: list[dict], writer: SummaryWriter
         writer.flush()
 
 
-def draw_panels(rows: Sequence[dict]):
+def draw_panels(rows: Sequence[dict], axis: int = 2):
     """Scan, truth, probability, prediction and error of a slice of each validation scan, as a figure."""
     size = np.max([row["panel"][0].shape for row in rows], axis=0)
-    stacks = (np.stack([data.crop_or_pad(row["panel"][i], size) for row in rows]) for i in range(3))
-    return visualize.compare(*stacks, [f"{row['name']}  Dice {row['dice']:.3f}" for row in rows])
+    stacks = [np.stack([data.crop_or_pad(row["panel"][i], size) for row in rows]) for i in range(3)]
+    titles = []
+    for row, truth, probability in zip(rows, *stacks[1:], strict=True):
+        here = dice(probability > 0.5, truth > 0)
+        titles.append(f"{row['name']}: Dice {row['dice']:.3f};  "
+                      f"slice {row['slice']} of {row['slices']}: Dice {here:.3f}")
+    return visualize.compare(*stacks, titles, axis)
 
 
 # ---------------------------------------------------------------------------------------------------- before the loop

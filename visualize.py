@@ -5,9 +5,12 @@
 Contract: a scan is (D, H, W), slices first, in any unit, and upright: in an axial slice rows run to the patient's
 posterior, columns to the left. Spacing is (D, H, W) in mm, and every picture keeps its proportions. A mask has the
 scan's shape; non-zero is foreground. Of two masks the first is a prediction, the second the truth, and their errors are
-shown. Arrays go in; a matplotlib `Figure` comes out, which a notebook shows as it is, or frames, uint8 RGB (H, W, 3).
-Nothing touches pyplot's global state: no display is needed, and no figure stays open in a long run. The functions stand
-alone; the commands below read scans as the training does, with data.py (layers with predict.py, too) beside this file.
+shown. Letters say where the patient's right, left, front (anterior), back (posterior), head (superior) and feet
+(inferior) lie: the right is on the picture's left, as radiologists look at it. `axis` is the slices' own: 0 sagittal,
+1 coronal, 2 axial. Arrays go in; a matplotlib `Figure` comes out, which a notebook shows as it is, or frames, uint8 RGB
+(H, W, 3). Nothing touches pyplot's global state: no display is needed, and no figure stays open in a long run. The
+functions stand alone; the commands below read scans as the training does, with data.py (layers with predict.py, too)
+beside this file.
 
     python visualize.py overlay scan.nii.gz prediction.nii.gz truth.nii.gz --out overlay.png    # --count 0: all slices
     python visualize.py planes  scan.nii.gz prediction.nii.gz truth.nii.gz --out planes.png
@@ -39,6 +42,8 @@ from scipy import ndimage
 ERRORS = {"correct": (86, 180, 233), "missed": (240, 228, 66), "false": (213, 94, 0)}  # sky blue, yellow, vermilion
 MASKS = ((86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115))  # sky blue, orange, purple, bluish green
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")  # the darker ones, for a white background
+WORDS = {"correct": "blue: correct", "missed": "yellow: missed, truth only", "false": "red: false, prediction only"}
+LETTERS = ("SIAP", "SIRL", "APRL")  # top, bottom, left, right of a slice across axis 0, 1, 2 (data.py: PLANES)
 FILL = 0.45  # Opacity inside a mask's rim: the tissue under it must stay readable.
 WIDTH = 900  # Pixels of a figure: what a README shows.
 
@@ -66,6 +71,14 @@ def legend(count: int) -> dict[str, tuple[int, int, int]]:
     return ERRORS if count == 2 else {f"mask {n + 1}": MASKS[n % len(MASKS)] for n in range(count)}
 
 
+def headline(name: str, masks: Sequence[np.ndarray]) -> str:
+    """The scan's name and, of a prediction and the truth, bool, their Dice: 1 where both are empty."""
+    if len(masks) != 2:
+        return name
+    both, total = np.count_nonzero(masks[0] & masks[1]), np.count_nonzero(masks)
+    return f"{name}  Dice {2 * both / total if total else 1:.3f}".strip()
+
+
 def overlay_masks(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
     """uint8 (H, W) and bool masks (H, W) to RGB: a mask's rim is opaque, its inside a tint. Of two: their errors."""
     colours = legend(len(masks)).values()
@@ -79,22 +92,45 @@ def overlay_masks(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarra
     return rgb
 
 
-def render_slice(volumes: Sequence, n: int, zoom: Sequence[float], title: str = "", axis: int = 0) -> np.ndarray:
-    """Slice `n` across an axis, as RGB; title in a corner.
+def mark(picture: np.ndarray, letters: str, title: str = "") -> np.ndarray:
+    """RGB with `letters` at its top, bottom, left and right, and a title in a corner: white on a dark rim."""
+    image, (height, width) = Image.fromarray(picture), picture.shape[:2]
+    places = {"la": (4, 2), "ma": (width / 2, 2), "md": (width / 2, height - 2), "lm": (4, height / 2),
+              "rm": (width - 4, height / 2)}
+    for word, (anchor, place) in zip((title, *letters), places.items(), strict=False):
+        style = {"anchor": anchor, "font_size": 13 if height > 80 else 9, "stroke_width": 2, "stroke_fill": "black"}
+        ImageDraw.Draw(image).text(place, word, "white", **style)
+    return np.array(image)
+
+
+def draw_cross(rgb: np.ndarray, y: int, x: int) -> None:
+    """Short dashes, white and black, along row `y` and column `x`: they hide little, and are seen on any tissue."""
+    for part, shade in ((0, 255), (1, 0)):  # of the four parts of 3 pixels that repeat
+        rgb[y, np.arange(rgb.shape[1]) // 3 % 4 == part] = shade
+        rgb[np.arange(len(rgb)) // 3 % 4 == part, x] = shade
+
+
+def render_slice(volumes: Sequence, n: int, zoom: Sequence[float], axis: int = 0, cross: Sequence | None = None):
+    """Slice `n` across an axis, as RGB.
 
     Args:
         volumes: the greys, uint8 (D, H, W), and the masks, bool (D, H, W).
         zoom: pixels per voxel along (D, H, W).
         axis: 0 is the slices' own; across 1 and 2 the first slice is drawn below, so that the patient's head is up.
+        cross: the voxel (D, H, W) in which the other planes cut this one.
     """
     picture, *masks = (volume.take(n, axis)[:: -1 if axis else 1] for volume in volumes)
-    size = np.multiply(picture.shape, np.delete(zoom, axis)).round().astype(int).clip(1)[::-1]
+    scale = np.delete(zoom, axis)
+    size = np.multiply(picture.shape, scale).round().astype(int).clip(1)[::-1]
     # The scan is interpolated, a mask is not: one wants to see which voxels it holds.
-    picture = np.array(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
+    grey = np.array(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
     masks = [np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
-    image = Image.fromarray(overlay_masks(picture, masks))
-    ImageDraw.Draw(image).text((3, 1), title, "white", font_size=13, stroke_width=1, stroke_fill="black")
-    return np.array(image)
+    rgb = overlay_masks(grey, masks)
+    if cross is not None:
+        y, x = np.delete(cross, axis)
+        y = len(picture) - 1 - y if axis else y
+        draw_cross(rgb, *((np.array([y, x]) + 0.5) * scale).astype(int))
+    return rgb
 
 
 def text_row(width: int, words: Sequence[str], colours: Sequence = (), apart: float = np.inf) -> np.ndarray:
@@ -106,13 +142,19 @@ def text_row(width: int, words: Sequence[str], colours: Sequence = (), apart: fl
     return np.array(image)
 
 
+def colour_row(width: int, count: int) -> list[np.ndarray]:
+    """What the colours of `count` masks mean, as one row or none; in full words where they fit."""
+    names = legend(count)
+    words = [WORDS.get(name, name) if width >= 550 else name for name in names]
+    return [text_row(width, words, names.values(), 200)] if count else []
+
+
 def footer(width: int, count: int, caption: str, zoom: float) -> np.ndarray:
-    """What goes below a picture of `zoom` pixels per mm: caption and scale bar, and the legend of several masks."""
-    bar = max((mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm * zoom < width / 3), default=1)
+    """What goes below a picture of `zoom` pixels per mm: caption and scale bar, and what the colours mean."""
+    bar = max((mm for mm in (1, 10, 50) if mm * zoom < width / 3), default=1)  # 1 is for toys
     row, left = text_row(width, [caption, f"{bar} mm"]), round(0.75 * width - bar * zoom / 2)
     row[-3:-1, left : left + round(bar * zoom)] = 255
-    legends = [text_row(width, legend(count), legend(count).values(), 100)] if count > 1 else []
-    return np.concatenate([row, *legends])
+    return np.concatenate([row, *colour_row(width, count)])
 
 
 # ------------------------------------------------------------------------------------------------- figures and frames
@@ -163,7 +205,8 @@ def to_figure(*pictures: np.ndarray) -> Figure:
     return figure
 
 
-def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, titles: Sequence[str] = ()) -> Figure:
+def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, titles: Sequence[str] = (),
+            axis: int = 2) -> Figure:
     """Scan, truth, probability, prediction and error of N slices, one row each.
 
     Args:
@@ -172,6 +215,7 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
         predictions: (N, H, W), probabilities: above 0.5 is foreground. NaN counts as 0, so that a run that diverged
             still has its picture.
         titles: N lines, each above its row.
+        axis: the slices' own, for the letters.
 
     Raises:
         ValueError: shapes that differ, or predictions that are not from 0 to 1, logits for instance.
@@ -189,14 +233,15 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
         # The probability from dark blue, 0, to yellow, 1.
         cells.insert(2, colormaps["cividis"](render_slice([levels], n, zoom)[..., 0], bytes=True)[..., :3])
         rows += [text_row(WIDTH, [title])] if title else []
-        rows.append(tile(cells, 5))
-    return to_figure(*rows, text_row(WIDTH, ERRORS, ERRORS.values(), 100))
+        rows.append(tile([mark(cell, LETTERS[axis]) for cell in cells], 5))
+    return to_figure(*rows, *colour_row(WIDTH, 2))
 
 
-def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int | None = 8) -> Figure:
+def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int | None = 8, name: str = "",
+            axis: int = 2) -> Figure:
     """`count` slices with the masks over them, spread evenly over those with foreground; None: all slices of the scan.
 
-    The number in a corner is the slice's, from 1. Without foreground the slices are spread over the whole scan.
+    Below a slice stands its number, from 1. Without foreground the slices are spread over the whole scan.
     """
     masks, slices = as_bool_masks(scan, masks), np.arange(len(scan))
     if count is not None and count < len(scan):
@@ -205,25 +250,35 @@ def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: 
         slices = slices[np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))]
     columns = min(4 if len(slices) <= 8 else 8, len(slices))
     zoom = (WIDTH // columns - 4) / (scan.shape[2] * spacing[2])  # pixels per mm
-    volumes, scale = [grey(scan), *masks], np.multiply(spacing, zoom)
-    cells = tile([render_slice(volumes, n, scale, str(n + 1)) for n in slices], columns)
-    return to_figure(cells, footer(cells.shape[1], len(masks), f"{len(slices)} of {len(scan)} slices", zoom))
+    volumes, scale, cells = [grey(scan), *masks], np.multiply(spacing, zoom), []
+    for n in slices:
+        cell = mark(render_slice(volumes, n, scale), LETTERS[axis])
+        cells.append(np.concatenate([cell, text_row(cell.shape[1], [f"{n + 1} / {len(scan)}"])]))
+    pictures = tile(cells, columns)
+    width = pictures.shape[1]
+    caption = f"{len(slices)} of {len(scan)} slices"
+    return to_figure(text_row(width, [headline(name, masks)]), pictures, footer(width, len(masks), caption, zoom))
 
 
-def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float]) -> Figure:
+def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "") -> Figure:
     """An axial, a coronal and a sagittal slice of an axial scan, in one scale, through the middle of the masks."""
-    volumes = [grey(scan), *as_bool_masks(scan, masks)]
+    masks = as_bool_masks(scan, masks)
     # The little that is added makes it the middle of the scan where there is no foreground.
-    centre = [round(place) for place in ndimage.center_of_mass(sum(volumes[1:], np.full(scan.shape, 1e-9)))]
+    centre = [round(place) for place in ndimage.center_of_mass(sum(masks, np.full(scan.shape, 1e-9)))]
     zoom = (WIDTH // 2 - 6) / max(np.multiply(scan.shape, spacing)[1:])  # pixels per mm
-    cells = [render_slice(volumes, centre[axis], np.multiply(spacing, zoom), f"{name} {centre[axis] + 1}", axis)
-             for axis, name in enumerate(("axial", "coronal", "sagittal"))]
+    volumes, scale, cells = [grey(scan), *masks], np.multiply(spacing, zoom), []
+    for axis, plane in enumerate(("axial", "coronal", "sagittal")):
+        cell = render_slice(volumes, centre[axis], scale, axis, cross=centre)
+        cells.append(mark(cell, LETTERS[2 - axis], f"{plane} {centre[axis] + 1} / {scan.shape[axis]}"))
     both = tile([cells[0], tile(cells[1:], 1)], 2)
-    return to_figure(both, footer(both.shape[1], len(masks), "through the middle of the masks", zoom))
+    width = both.shape[1]
+    return to_figure(text_row(width, [headline(name, masks)]), both,
+                     footer(width, len(masks), "through the middle of the masks", zoom))
 
 
-def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: Sequence[float] = (1, 1)) -> Figure:
-    """5 x 5 views of one slice: as it is, then `augment(image, mask, seed)` for the seeds 1 to 24.
+def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: Sequence[float] = (1, 1),
+              axis: int = 2) -> Figure:
+    """5 x 5 views of one slice: the original, then `augment(image, mask, seed)` for the seeds 1 to 24.
 
     Args:
         image: float32 (H, W). All views share one window of intensities, so that a change of brightness shows.
@@ -234,42 +289,56 @@ def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: S
     images, masks = zip((image, mask), *(augment(image, mask, seed) for seed in range(1, 25)), strict=True)
     zoom = np.multiply((1, *spacing), (WIDTH // 5 - 4) / (image.shape[1] * spacing[1]))
     volumes = [grey(images), np.not_equal(masks, 0)]
-    views = tile([render_slice(volumes, n, zoom) for n in range(25)], 5)
-    return to_figure(text_row(WIDTH, ["the slice as it is, then 24 augmentations of it"]), views)
+    views = [render_slice(volumes, n, zoom) for n in range(25)]
+    views[0] = mark(views[0], LETTERS[axis], "original")  # The others are turned: no letter would be right.
+    return to_figure(text_row(WIDTH, ["the original, then 24 augmentations of it"]), tile(views, 5))
 
 
 # ------------------------------------------------------------------------------------------------------------- movies
 
 
-def movie(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], size: int = 320) -> list[np.ndarray]:
+def movie(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], size: int = 320,
+          axis: int = 2) -> list[np.ndarray]:
     """A frame for each slice, with the masks over it; `size` is the longer side of the slice, in pixels."""
     volumes = [grey(scan), *as_bool_masks(scan, masks)]
     zoom = size / max(np.multiply(scan.shape, spacing)[1:])  # pixels per mm
     # A caption needs 200 pixels.
-    slices = [centred(render_slice(volumes, n, np.multiply(spacing, zoom)), 200) for n in range(len(scan))]
+    slices = [render_slice(volumes, n, np.multiply(spacing, zoom)) for n in range(len(scan))]
+    slices = [centred(mark(rgb, LETTERS[axis]), 200) for rgb in slices]
     captions = [footer(slices[0].shape[1], len(masks), f"slice {n + 1} / {len(scan)}", zoom) for n in range(len(scan))]
     return [np.concatenate(pictures) for pictures in zip(slices, captions, strict=True)]
 
 
-def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float]) -> str:
+def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "") -> str:
     """An axial scan and at most eight masks as one HTML page that needs no network: player.html, with the volume in it.
 
-    Slices of more than 320 pixels are thinned out.
+    Slices of more than 320 pixels are thinned out; areas and Dice are those of the whole scan.
     """
-    (labels,) = np.packbits(as_bool_masks(scan, masks) or [np.zeros(scan.shape, bool)], axis=0, bitorder="little")
-    step, two = -(-max(scan.shape[1:]) // 320), len(masks) == 2
+    if len(masks) > 8:
+        raise ValueError(f"found {len(masks)} masks; a player shows 0 to 8")
+    masks, two = as_bool_masks(scan, masks), len(masks) == 2
+    (labels,) = np.packbits(masks or [np.zeros(scan.shape, bool)], axis=0, bitorder="little")
+    step = -(-max(scan.shape[1:]) // 320)
     # Greys in steps of 4 look the same, and compress. A label has a bit for each mask.
     volumes = np.array([grey(scan) & 252, labels])[:, :, ::step, ::step]
+    counted = [*masks, masks[0] & masks[1]] if two else masks
     content = {
+        "title": headline(name, masks) or "scan",
         "shape": volumes.shape[1:],
-        "spacing": np.multiply(spacing, (1, step, step)).tolist(),
+        "whole": scan.shape,
+        "step": [1, step, step],
+        "spacing": list(map(float, spacing)),
+        "letters": LETTERS[::-1],
         "masks": {"prediction": MASKS[0], "truth": MASKS[2]} if two else legend(len(masks)),
         "errors": ERRORS if two else {},
+        # Voxels of each mask, and of both of two, in each slice across each axis.
+        "counts": [[mask.sum(axis=others).tolist() for mask in counted] for others in ((1, 2), (0, 2), (0, 1))],
         "fill": FILL,
         "voxels": base64.b64encode(zlib.compress(volumes.tobytes(), 9)).decode(),
     }
     page = Path(__file__).with_name("player.html").read_text(encoding="utf-8")
-    return page.replace("/* visualize.py writes the scan here */ null", json.dumps(content))
+    told = json.dumps(content).replace("<", "\\u003c")  # The name of a file is text, never a tag that ends the script.
+    return page.replace("/* visualize.py writes the scan here */ null", told)
 
 
 # ------------------------------------------------------------------------------------------------ what the network sees
@@ -307,7 +376,7 @@ def tile_channels(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return tile([np.array(Image.fromarray(m).resize(size, Image.Resampling.NEAREST)) for m in shown], 4)
 
 
-def layers(net, image: np.ndarray) -> Figure:
+def layers(net, image: np.ndarray, axis: int = 2) -> Figure:
     """The `features` of a network laid out as the U: eight channels a level, attention gates on the skips.
 
     It takes the memory that one forward pass of `image` takes: of a large scan give a slice, or a patch.
@@ -320,13 +389,16 @@ def layers(net, image: np.ndarray) -> Figure:
     parts = figure.subplot_mosaic(rows, subplot_kw={"frame_on": False, "xticks": (), "yticks": ()})
     blocks = f": blocks of {net.stem} voxels a side enter as channels" if net.stem > 1 else ""
     for name, maps in seen.items():
-        title, picture = f"{name}, 0 (blue) to 1 (yellow)", maps[0]
-        if name == "slice":
-            title, picture = f"slice{blocks}", colormaps["gray"](grey(maps[0]))
-        elif name.startswith(("down", "bottom", "up")):
+        if name.startswith(("down", "bottom", "up")):
             title = "{}: {} of {} channels, {} x {}".format(name, min(8, len(maps)), *maps.shape)
             picture = tile_channels(maps, size)
-        parts[name].imshow(picture, vmin=0, vmax=1)
+        else:
+            image_here = name == "slice"
+            title = f"slice{blocks}" if image_here else f"{name}, 0 (blue) to 1 (yellow)"
+            picture = colormaps["gray"](grey(maps[0])) if image_here else colormaps["viridis"](maps[0])
+            large = Image.fromarray(np.uint8(255 * picture[..., :3])).resize(np.multiply(size, 2))
+            picture = mark(np.array(large), LETTERS[axis])
+        parts[name].imshow(picture)
         parts[name].set_title(title, fontsize=8)
 
     def arrow(start, end, gaps=(3, 3), bend="arc3"):  # from border to border; a gap leaves room for a title
@@ -348,9 +420,12 @@ def layers(net, image: np.ndarray) -> Figure:
 # ----------------------------------------------------------------------------------------------------- training curves
 
 CURVES = {  # title of a panel, and the columns of log.csv in it
-    "training loss": ["train/loss"], "Dice per scan": ["val/dice", "val/dice_worst"],
-    "share of the voxels": ["val/foreground_truth", "val/foreground_prediction"], "learning rate": ["train/lr"],
-    "gradient norm": ["train/grad_norm"], "seconds per epoch": ["system/seconds"],
+    "training loss": ["train/loss"],
+    "Dice on the validation scans": ["val/dice"],
+    "Dice of its worst scan": ["val/dice_worst"],
+    "called organ (dashed: truth)": ["val/foreground_prediction", "val/foreground_truth"],
+    "learning rate": ["train/lr"],
+    "gradient norm": ["train/grad_norm"],
 }
 
 
@@ -360,28 +435,62 @@ def read_log(run: str | Path) -> list[dict[str, float]]:
         return [{name: float(text or "nan") for name, text in row.items()} for row in csv.DictReader(file)]
 
 
+def column(log: Sequence[dict], name: str) -> np.ndarray:
+    """A column of a log, NaN where there is no value."""
+    return np.array([row.get(name, np.nan) for row in log], float)
+
+
+def fit_to_dice(axes) -> None:
+    """Limits that show 0.90 from 0.91: the poor first epochs, a quarter at most, may lie below the picture."""
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    values = values[np.isfinite(values)]
+    if len(values):
+        low, high = np.quantile(values, 0.25), values.max()
+        room = max(high - low, 0.02)
+        axes.set_ylim(max(low - room, 0), high + room / 2)
+
+
+def summary(log: Sequence[dict], name: str) -> str:
+    """A run in one line: its name, best epoch, and how long it took."""
+    dice, minutes = column(log, "val/dice"), np.nansum(column(log, "system/seconds")) / 60
+    minutes += np.nansum(column(log, "system/validation_seconds")) / 60
+    best = f"best Dice {np.nanmax(dice):.4f} in epoch {np.nanargmax(dice) + 1}, " if np.isfinite(dice).any() else ""
+    prefix = f"{name}: " if name else ""
+    return f"run {prefix}{best}{len(log)} epochs, {minutes:.1f} minutes so far".replace("$", r"\$")  # no formulas
+
+
 def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figure:
     """What tells whether a run goes well, epoch by epoch (from 1), for one or more runs.
 
     A log is the rows of a log.csv; a value that it lacks is left out of the picture. The band around the mean Dice is
-    one standard deviation over the scans. `names` label several runs.
+    one standard deviation over the scans, the star its best epoch. `names` tell several runs apart.
     """
-    figure = NotebookFigure((WIDTH / 100, 5.3), dpi=100, layout="constrained")
+    figure = NotebookFigure((WIDTH / 100, 5.1 + 0.2 * len(logs)), dpi=100, layout="constrained")
     for axes, (title, columns) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         # The first run is the widest line: it is seen where the others lie on it.
         for log, colour, width in zip(logs, cycle(RUNS), np.linspace(1.5, 4, len(logs))[::-1], strict=False):
-            epochs, names_here = range(1, len(log) + 1), ("val/dice", "val/dice_std", *columns)
-            mean, spread, *values = (np.array([row.get(n, np.nan) for row in log], float) for n in names_here)
-            for value, style in zip(values, ("-", "--"), strict=False):
-                axes.plot(epochs, value, style, marker=".", color=colour, linewidth=width)
-            if title == "Dice per scan":
+            epochs = np.arange(1, len(log) + 1)
+            for name, style in zip(columns, ("-", "--"), strict=False):
+                axes.plot(epochs, column(log, name), style, marker=".", color=colour, linewidth=width)
+            mean, spread = column(log, "val/dice"), column(log, "val/dice_std")
+            if "val/dice" in columns and np.isfinite(mean).any():
                 axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-        axes.legend(columns, fontsize=8)
+                best = np.nanargmax(mean)
+                axes.plot(epochs[best], mean[best], "*", color=colour, markersize=12)
+                side = "right" if 2 * best >= len(log) else "left"
+                axes.annotate(f"{mean[best]:.3f}", (epochs[best], mean[best]), (0, 7), textcoords="offset points",
+                              ha=side, fontsize=9, color=colour)
+        axes.set_ylim(0, None)
+        if "Dice" in title:
+            fit_to_dice(axes)
         axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-        axes.set(title=title, xlabel="epoch", xlim=(0.5, None), ylim=(0, None))  # There is no epoch 0.
-    if names:
-        figure.legend(figure.axes[0].lines, names, loc="outside lower center", ncols=3, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.set_xlim(0.5, None)  # There is no epoch 0.
+    labels = [summary(log, name) for log, name in zip_longest(logs, names, fillvalue="")]
+    figure.legend(figure.axes[0].lines, labels, loc="outside lower center", fontsize=9)
     return figure
 
 
@@ -440,7 +549,7 @@ def fullest_slice(checkpoint: str, path: str) -> tuple:
     size = np.array((1, *how["size"])[-3:])  # (D, H, W), one slice in 2D
     centre = [probability.sum(axis=axes).argmax() for axes in ((1, 2), (0, 2), (0, 1))]
     starts = np.clip(centre - size // 2, 0, np.maximum(volume.shape - size, 0))
-    return net, data.crop_or_pad(volume[tuple(map(slice, starts, starts + size))], size)
+    return net, data.crop_or_pad(volume[tuple(map(slice, starts, starts + size))], size), how["axis"]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -449,20 +558,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("picture", choices=("overlay", "planes", "movie", "layers", "curves", "augment"))
     add("files", nargs="+", help="a scan and masks; layers: a checkpoint and a scan; curves: the folders of runs")
     add("--out", required=True, metavar="FILE", help="file to write: .png; of a movie .gif, or .html, a player")
-    add("--axis", type=int, choices=(0, 1, 2), default=2, help="slices: 0 sagittal, 1 coronal, 2 axial (the default)")
-    add("--label", type=int, nargs="+", metavar="N", help="foreground of the last file (default: all values but 0)")
-    add("--count", type=int, default=8, help="slices of overlay, 0 for all (default %(default)s)")
-    add("--kind", choices=("geometry", "full"), default="full", help="of augment (default %(default)s)")
+    add("--axis", type=int, choices=(0, 1, 2), default=2, help="slices: 0 sagittal, 1 coronal, 2 axial (default: 2)")
+    add("--label", type=int, nargs="+", metavar="N", help="foreground of the last file (default: all but 0)")
+    add("--count", type=int, default=8, metavar="N", help="slices of overlay, 0 for all (default: 8)")
+    add("--kind", choices=("geometry", "full"), default="full", help="what augment may change (default: full)")
     return parser.parse_args(argv)
 
 
-def draw(args: argparse.Namespace) -> None:
+def make_picture(args: argparse.Namespace) -> None:
     """Write the picture of a command line. Raises ValueError or OSError for bad input."""
     endings, html = (".gif", ".html") if args.picture == "movie" else (".png",), args.out.endswith(".html")
     if not args.out.endswith(endings):
         raise ValueError(f"--out {args.out}: {args.picture} writes {' or '.join(endings)}; name the file so")
     if args.picture in ("layers", "augment") and len(args.files) != 2:
         raise ValueError(f"{args.picture} takes two files, found {len(args.files)}; see --help")
+    if not 0 <= args.count <= 1000:
+        raise ValueError(f"--count {args.count}: give 1 to 1000 slices, or 0 for all")
     if args.picture == "curves":
         return save(curves(*map(read_log, args.files), names=args.files), args.out)
     if args.picture == "layers":
@@ -470,30 +581,43 @@ def draw(args: argparse.Namespace) -> None:
     import data
 
     # The three planes, of the picture and of the player, are cut out of the axial volume.
-    scan = data.read_scan(args.files[0], 2 if html or args.picture == "planes" else args.axis)
+    axis = 2 if html or args.picture == "planes" else args.axis
+    scan, name = data.read_scan(args.files[0], axis), Path(args.files[0]).name
     masks = [data.read_mask(path, scan, args.label if path is args.files[-1] else None) for path in args.files[1:]]
     content = scan.array, masks, scan.spacing
     if html:
-        write(args.out, player(*content).encode())
+        write(args.out, player(*content, name).encode())
     elif args.picture == "movie":
-        save_gif(movie(*content), args.out)
-    elif args.picture in ("overlay", "planes"):
-        save(planes(*content) if args.picture == "planes" else overlay(*content, args.count or None), args.out)
+        save_gif(movie(*content, axis=axis), args.out)
+    elif args.picture == "planes":
+        save(planes(*content, name), args.out)
+    elif args.picture == "overlay":
+        save(overlay(*content, args.count or None, name, axis), args.out)
     else:
         how = {"spacing": [None] * 3, "crop": 0, "normalise": "percentile"}
         image, n = data.preprocess(scan.array, scan.spacing, how), masks[0].sum(axis=(1, 2)).argmax()
-        save(augmented(np.float32(image[n]), masks[0][n], data.augmenter(args.kind), scan.spacing[1:]), args.out)
+        augment = data.augmenter(args.kind)
+        save(augmented(np.float32(image[n]), masks[0][n], augment, scan.spacing[1:], axis), args.out)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """The command: write the picture, say where. Raises data.DataError for what a user can mend."""
+    import data
+
+    try:
+        make_picture(args)
+    except data.DataError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise data.DataError(str(error)) from None
+    print(args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        draw(args)
-    except (ValueError, OSError, ImportError) as error:  # data.DataError is a ValueError
-        print(f"visualize.py: {error}", file=sys.stderr)
-        return 2
-    print(args.out)
-    return 0
+    import data  # Here, so that the functions above need no other file.
+
+    return data.run_command(draw, args)
 
 
 if __name__ == "__main__":

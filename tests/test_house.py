@@ -25,7 +25,7 @@ HOUSE = {
     "data": (425, set()),
     "predict": (197, {"data", "metrics", "unet"}),
     "train": (438, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (295, {"data", "predict"}),
+    "visualize": (330, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")
