@@ -220,7 +220,8 @@ visualize.curves(result["log"])
 # **Question. What does the network learn first: the place, or the shape?**
 
 # %%
-events = EventAccumulator("runs/tour/logs/first", {"images": 0}).Reload().Images("validation")
+(folder,) = os.listdir("runs/tour/logs")  # of this run; others would lie beside it
+events = EventAccumulator(f"runs/tour/logs/{folder}", {"images": 0}).Reload().Images("validation")
 for event in events[::3]:
     print("after epoch", event.step)
     display(Image(event.encoded_image_string))

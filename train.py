@@ -431,9 +431,9 @@ MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "worker
 
 
 def say(text: str) -> None:
-    """Print a line, of several processes only in the first."""
+    """Print lines, of several processes only in the first."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
+        print(*map(data.printable, text.splitlines()), sep="\n", flush=True)
 
 
 def prepare(args: argparse.Namespace) -> Run:
