@@ -220,8 +220,8 @@ visualize.curves(result["log"])
 # **Question. What does the network learn first: the place, or the shape?**
 
 # %%
-(folder,) = os.listdir("runs/tour/logs")  # of this run; others would lie beside it
-events = EventAccumulator(f"runs/tour/logs/{folder}", {"images": 0}).Reload().Images("validation")
+(logs,) = os.listdir("runs/tour/logs")  # of this run; others would lie beside it
+events = EventAccumulator(f"runs/tour/logs/{logs}", {"images": 0}).Reload().Images("validation")
 for event in events[::3]:
     print("after epoch", event.step)
     display(Image(event.encoded_image_string))

@@ -39,7 +39,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -58,7 +58,7 @@ from tqdm import tqdm
 import data
 import predict
 import visualize
-from data import DataError, require
+from data import DataError, listed, require
 from losses import BCEDiceLoss, DiceLoss
 from metrics import dice
 from unet import UNet
@@ -575,9 +575,9 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     if saved:
         split, known = saved["split"], {*saved["split"]["train"], *saved["split"]["val"]}
         gone = known - {pair.name for pair in pairs}
-        require(not gone, f"{args.data}: {listed(gone)}: the run began with it; put it back, or choose another --out")
+        require(not gone, f"{args.data}: the run began with {listed(sorted(gone))}: put it back, or choose another --out")
         if added := [pair.name for pair in pairs if pair.name not in known]:
-            warnings.warn(f"{args.data}: {listed(added)}: added since the run began; left out", stacklevel=2)
+            warnings.warn(f"{args.data}: added since the run began, left out: {listed(added)}", stacklevel=2)
         pairs = [pair for pair in pairs if pair.name in known]
     else:
         split = data.split_scans([pair.name for pair in pairs], args.folds, args.fold)
@@ -616,12 +616,6 @@ def checksums(pairs: Sequence[data.Pair]) -> dict[str, list[int]]:
     return {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
 
 
-def listed(names: Iterable[str]) -> str:
-    """How many names there are, and the first three."""
-    names = sorted(names)
-    return f"{len(names)} scans ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
 def find_checkpoint(args: argparse.Namespace) -> dict | None:
     """The checkpoint to go on from, or None for a new run."""
     if args.resume and Path(args.out, "last.pt").exists():
@@ -637,7 +631,7 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
             raise DataError(f"{last}: was trained with {name} {old.get(name)}, not {new[name]}; repeat that, or choose "
                             "another --out")
     if changed := [name for name, sums in new["files"].items() if sums != old["files"][name]]:
-        warnings.warn(f"{listed(changed)}: changed since the run began; it goes on with what is there", stacklevel=2)
+        warnings.warn(f"changed since the run began, which goes on with what is there: {listed(changed)}", stacklevel=2)
     if (before := old["machine"]["shared"]) != new["machine"]["shared"]:
         warnings.warn(f"the run had {before}: with others the last bits may differ", stacklevel=2)
     done, epochs = len(saved["log"]), new["epochs"]

@@ -269,7 +269,7 @@ def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms,
     capsys.readouterr()
     assert train.main([*job, "--resume", "--epochs", "3"]) == 0
     told = capsys.readouterr().err
-    assert "1 scans (la_0000): added since the run began" in told and "1 scans (la_001): changed" in told
+    assert "added since the run began, left out: la_0000" in told and "goes on with what is there: la_001" in told
     assert "--epochs was 1, is 3: the learning rate goes on at" in told and told.count("note:") == 3
     assert (tmp_path / "run" / "split.json").read_text() == split
     starts = json.loads((tmp_path / "run" / "args.json").read_text())
@@ -277,7 +277,7 @@ def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms,
     assert train.main([*job, "--resume", "--epochs", "2"]) == 0 and "nothing is left to do" in capsys.readouterr().err
     for kind in ("imagesTr", "labelsTr"):
         (copy / kind / "la_004.nii.gz").unlink()
-    refuse(capsys, [*job, "--resume"], "1 scans (la_004): the run began with it")
+    refuse(capsys, [*job, "--resume"], "the run began with la_004: put it back")
 
 
 def test_each_run_folder_has_its_own_place_in_tensorboard(quick, tmp_path, monkeypatch):
