@@ -575,7 +575,8 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     if saved:
         split, known = saved["split"], {*saved["split"]["train"], *saved["split"]["val"]}
         gone = known - {pair.name for pair in pairs}
-        require(not gone, f"{args.data}: the run began with {listed(sorted(gone))}: put it back, or choose another --out")
+        require(not gone, f"{args.data}: the run began with {listed(sorted(gone))}: put it back, or choose another "
+                "--out")
         if added := [pair.name for pair in pairs if pair.name not in known]:
             warnings.warn(f"{args.data}: added since the run began, left out: {listed(added)}", stacklevel=2)
         pairs = [pair for pair in pairs if pair.name in known]
