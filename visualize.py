@@ -76,8 +76,7 @@ def headline(name: str, masks: Sequence[np.ndarray]) -> str:
     if len(masks) != 2:
         return name
     both, total = np.count_nonzero(masks[0] & masks[1]), np.count_nonzero(masks)
-    score = f"Dice {2 * both / total if total else 1:.3f}"
-    return f"{name}, {score}" if name else score
+    return f"{name}, Dice {2 * both / total if total else 1:.3f}"
 
 
 def overlay_masks(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -145,9 +144,8 @@ def text_row(width: int, words: Sequence[str], colours: Sequence = (), apart: fl
 
 def colour_row(width: int, count: int) -> list[np.ndarray]:
     """What the colours of `count` masks mean, as one row or none; in full words where they fit."""
-    names = legend(count)
-    words = [WORDS.get(name, name) if width >= 550 else name for name in names]
-    return [text_row(width, words, names.values(), 200)] if count else []
+    words = {WORDS.get(name, name) if width >= 550 else name: colour for name, colour in legend(count).items()}
+    return [text_row(width, [*words], words.values(), 200)] if words else []
 
 
 def footer(width: int, count: int, caption: str, zoom: float) -> np.ndarray:
@@ -244,7 +242,7 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
     return to_figure(*rows, *colour_row(WIDTH, 2))
 
 
-def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int | None = 8, name: str = "",
+def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int | None = 8, name: str = "scan",
             axis: int = 2) -> Figure:
     """`count` slices with the masks over them, spread evenly over those with foreground; None: all slices of the scan.
 
@@ -264,7 +262,7 @@ def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: 
     return titled(tile(cells, columns), name, masks, f"{len(slices)} of {len(scan)} slices", zoom)
 
 
-def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "") -> Figure:
+def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "scan") -> Figure:
     """An axial, a coronal and a sagittal slice of an axial scan, in one scale, through the middle of the masks."""
     masks = as_bool_masks(scan, masks)
     # The little that is added makes it the middle of the scan where there is no foreground.
@@ -305,13 +303,13 @@ def movie(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float
     volumes = [grey(scan), *as_bool_masks(scan, masks)]
     zoom = size / max(np.multiply(scan.shape, spacing)[1:])  # pixels per mm
     # A caption needs 200 pixels.
-    slices = [render_slice(volumes, n, np.multiply(spacing, zoom)) for n in range(len(scan))]
-    slices = [centred(mark(rgb, LETTERS[axis]), 200) for rgb in slices]
+    slices = [mark(render_slice(volumes, n, np.multiply(spacing, zoom)), LETTERS[axis]) for n in range(len(scan))]
+    slices = [centred(picture, 200) for picture in slices]
     captions = [footer(slices[0].shape[1], len(masks), f"slice {n + 1} / {len(scan)}", zoom) for n in range(len(scan))]
     return [np.concatenate(pictures) for pictures in zip(slices, captions, strict=True)]
 
 
-def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "") -> str:
+def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "scan") -> str:
     """An axial scan and at most eight masks as one HTML page that needs no network: player.html, with the volume in it.
 
     Slices of more than 320 pixels are thinned out; areas and Dice are those of the whole scan.
@@ -323,7 +321,7 @@ def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
     volumes = np.array([grey(scan) & 252, labels])[:, :, ::step, ::step]
     counted = [*masks, masks[0] & masks[1]] if two else masks
     content = {
-        "title": headline(name, masks) or "scan",
+        "title": headline(name, masks),
         "shape": volumes.shape[1:], "whole": scan.shape, "step": [1, step, step],
         "spacing": list(map(float, spacing)), "letters": LETTERS[::-1],
         "masks": {"prediction": MASKS[0], "truth": MASKS[2]} if two else legend(len(masks)),
@@ -416,12 +414,9 @@ def layers(net, image: np.ndarray, axis: int = 2) -> Figure:
 # ----------------------------------------------------------------------------------------------------- training curves
 
 CURVES = {  # title of a panel, and the columns of log.csv in it
-    "training loss": ["train/loss"],
-    "Dice on the validation scans": ["val/dice"],
-    "Dice of its worst scan": ["val/dice_worst"],
+    "training loss": ["train/loss"], "Dice on the validation scans": ["val/dice"],
+    "Dice of its worst scan": ["val/dice_worst"], "learning rate": ["train/lr"], "gradient norm": ["train/grad_norm"],
     "called organ (dashed: truth)": ["val/foreground_prediction", "val/foreground_truth"],
-    "learning rate": ["train/lr"],
-    "gradient norm": ["train/grad_norm"],
 }
 
 

@@ -26,7 +26,7 @@ const SKY = "86,180,233", YELLOW = "240,228,66", VERMILION = "213,94,0", PURPLE 
   seen.sizes = planes.map(plane => [plane.wide, plane.high]);
   seen.colours = [SKY, YELLOW, VERMILION, PURPLE].map(count);
   seen.fills = axial.clientHeight / innerHeight;
-  seen.scrolls = [document.body.scrollWidth > innerWidth, document.body.scrollHeight > innerHeight];
+  seen.scrolls = document.documentElement.scrollWidth > innerWidth;  // to the side
 
   mouse(axial, "wheel", 0.5, 0.5, {deltaY: 100});
   seen.wheel = [captions()[0], same(first)];
