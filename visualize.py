@@ -459,7 +459,7 @@ def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figu
                 axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
                 best = np.nanargmax(mean)
                 axes.plot(epochs[best], mean[best], "*", color=colour, markersize=12)
-                axes.annotate(f"{mean[best]:.3f}", (epochs[best], mean[best]), (0, 7), None, "offset points",
+                axes.annotate(f"{mean[best]:.3f}", (epochs[best], mean[best]), (0, 7), textcoords="offset points",
                               horizontalalignment="right", color=colour)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))

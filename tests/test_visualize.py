@@ -324,7 +324,9 @@ def test_curves_count_epochs_from_1_and_keep_gaps(tmp_path):
     first, best, second = dice.lines
     assert best.get_xydata().tolist() == [[3, 0.8]] and [text.get_text() for text in dice.texts] == ["0.800"]
     shown = [{"val/dice": dice, "val/dice_worst": np.nan} for dice in (0.1, 0.5, 0.8, 0.89, 0.9, 0.91, 0.9, 0.905)]
-    low, high = visualize.curves(shown).axes[1].get_ylim()
+    figure = visualize.curves(shown, names=["a $ and a \\frac$"])  # no formula
+    (low, high), picture = figure.axes[1].get_ylim(), visualize.rgb(figure)
+    assert picture.shape == (530, 900, 3)
     assert 0.6 < low < 0.8 and 0.91 < high < 1  # 0.90 is told from 0.91, whatever the first epochs were
     assert first.get_color() != second.get_color() and first.get_linewidth() > second.get_linewidth()  # both are seen
 
