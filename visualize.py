@@ -76,7 +76,7 @@ def headline(name: str, masks: Sequence[np.ndarray]) -> str:
     if len(masks) != 2:
         return name
     both, total = np.count_nonzero(masks[0] & masks[1]), np.count_nonzero(masks)
-    return f"{name}  Dice {2 * both / total if total else 1:.3f}".strip()
+    return f"{name}, Dice {2 * both / total if total else 1:.3f}"
 
 
 def overlay_masks(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -144,9 +144,8 @@ def text_row(width: int, words: Sequence[str], colours: Sequence = (), apart: fl
 
 def colour_row(width: int, count: int) -> list[np.ndarray]:
     """What the colours of `count` masks mean, as one row or none; in full words where they fit."""
-    names = legend(count)
-    words = [WORDS.get(name, name) if width >= 550 else name for name in names]
-    return [text_row(width, words, names.values(), 200)] if count else []
+    words = {WORDS.get(name, name) if width >= 550 else name: colour for name, colour in legend(count).items()}
+    return [text_row(width, [*words], words.values(), 200)] if words else []
 
 
 def footer(width: int, count: int, caption: str, zoom: float) -> np.ndarray:
@@ -205,6 +204,12 @@ def to_figure(*pictures: np.ndarray) -> Figure:
     return figure
 
 
+def titled(picture: np.ndarray, name: str, masks: Sequence[np.ndarray], caption: str, zoom: float) -> Figure:
+    """A picture with the scan's name and Dice above it, caption, scale bar and colours below."""
+    width = picture.shape[1]
+    return to_figure(text_row(width, [headline(name, masks)]), picture, footer(width, len(masks), caption, zoom))
+
+
 def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, titles: Sequence[str] = (),
             axis: int = 2) -> Figure:
     """Scan, truth, probability, prediction and error of N slices, one row each.
@@ -237,7 +242,7 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
     return to_figure(*rows, *colour_row(WIDTH, 2))
 
 
-def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int | None = 8, name: str = "",
+def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int | None = 8, name: str = "scan",
             axis: int = 2) -> Figure:
     """`count` slices with the masks over them, spread evenly over those with foreground; None: all slices of the scan.
 
@@ -254,13 +259,10 @@ def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: 
     for n in slices:
         cell = mark(render_slice(volumes, n, scale), LETTERS[axis])
         cells.append(np.concatenate([cell, text_row(cell.shape[1], [f"{n + 1} / {len(scan)}"])]))
-    pictures = tile(cells, columns)
-    width = pictures.shape[1]
-    caption = f"{len(slices)} of {len(scan)} slices"
-    return to_figure(text_row(width, [headline(name, masks)]), pictures, footer(width, len(masks), caption, zoom))
+    return titled(tile(cells, columns), name, masks, f"{len(slices)} of {len(scan)} slices", zoom)
 
 
-def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "") -> Figure:
+def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "scan") -> Figure:
     """An axial, a coronal and a sagittal slice of an axial scan, in one scale, through the middle of the masks."""
     masks = as_bool_masks(scan, masks)
     # The little that is added makes it the middle of the scan where there is no foreground.
@@ -271,9 +273,7 @@ def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
         cell = render_slice(volumes, centre[axis], scale, axis, cross=centre)
         cells.append(mark(cell, LETTERS[2 - axis], f"{plane} {centre[axis] + 1} / {scan.shape[axis]}"))
     both = tile([cells[0], tile(cells[1:], 1)], 2)
-    width = both.shape[1]
-    return to_figure(text_row(width, [headline(name, masks)]), both,
-                     footer(width, len(masks), "through the middle of the masks", zoom))
+    return titled(both, name, masks, "through the middle of the masks", zoom)
 
 
 def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: Sequence[float] = (1, 1),
@@ -303,19 +303,17 @@ def movie(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float
     volumes = [grey(scan), *as_bool_masks(scan, masks)]
     zoom = size / max(np.multiply(scan.shape, spacing)[1:])  # pixels per mm
     # A caption needs 200 pixels.
-    slices = [render_slice(volumes, n, np.multiply(spacing, zoom)) for n in range(len(scan))]
-    slices = [centred(mark(rgb, LETTERS[axis]), 200) for rgb in slices]
+    slices = [mark(render_slice(volumes, n, np.multiply(spacing, zoom)), LETTERS[axis]) for n in range(len(scan))]
+    slices = [centred(picture, 200) for picture in slices]
     captions = [footer(slices[0].shape[1], len(masks), f"slice {n + 1} / {len(scan)}", zoom) for n in range(len(scan))]
     return [np.concatenate(pictures) for pictures in zip(slices, captions, strict=True)]
 
 
-def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "") -> str:
+def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "scan") -> str:
     """An axial scan and at most eight masks as one HTML page that needs no network: player.html, with the volume in it.
 
     Slices of more than 320 pixels are thinned out; areas and Dice are those of the whole scan.
     """
-    if len(masks) > 8:
-        raise ValueError(f"found {len(masks)} masks; a player shows 0 to 8")
     masks, two = as_bool_masks(scan, masks), len(masks) == 2
     (labels,) = np.packbits(masks or [np.zeros(scan.shape, bool)], axis=0, bitorder="little")
     step = -(-max(scan.shape[1:]) // 320)
@@ -323,12 +321,9 @@ def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
     volumes = np.array([grey(scan) & 252, labels])[:, :, ::step, ::step]
     counted = [*masks, masks[0] & masks[1]] if two else masks
     content = {
-        "title": headline(name, masks) or "scan",
-        "shape": volumes.shape[1:],
-        "whole": scan.shape,
-        "step": [1, step, step],
-        "spacing": list(map(float, spacing)),
-        "letters": LETTERS[::-1],
+        "title": headline(name, masks),
+        "shape": volumes.shape[1:], "whole": scan.shape, "step": [1, step, step],
+        "spacing": list(map(float, spacing)), "letters": LETTERS[::-1],
         "masks": {"prediction": MASKS[0], "truth": MASKS[2]} if two else legend(len(masks)),
         "errors": ERRORS if two else {},
         # Voxels of each mask, and of both of two, in each slice across each axis.
@@ -388,16 +383,15 @@ def layers(net, image: np.ndarray, axis: int = 2) -> Figure:
     figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.16 / len(rows), wspace=0.14, hspace=25 / size[1])
     parts = figure.subplot_mosaic(rows, subplot_kw={"frame_on": False, "xticks": (), "yticks": ()})
     blocks = f": blocks of {net.stem} voxels a side enter as channels" if net.stem > 1 else ""
+    seen["slice"] = grey(seen["slice"])
     for name, maps in seen.items():
         if name.startswith(("down", "bottom", "up")):
             title = "{}: {} of {} channels, {} x {}".format(name, min(8, len(maps)), *maps.shape)
             picture = tile_channels(maps, size)
         else:
-            image_here = name == "slice"
-            title = f"slice{blocks}" if image_here else f"{name}, 0 (blue) to 1 (yellow)"
-            picture = colormaps["gray"](grey(maps[0])) if image_here else colormaps["viridis"](maps[0])
-            large = Image.fromarray(np.uint8(255 * picture[..., :3])).resize(np.multiply(size, 2))
-            picture = mark(np.array(large), LETTERS[axis])
+            title = f"{name}, 0 (blue) to 1 (yellow)" if name != "slice" else f"slice{blocks}"
+            picture = colormaps["viridis" if name != "slice" else "gray"](maps[0], bytes=True)[..., :3]
+            picture = mark(np.array(Image.fromarray(picture).resize(np.multiply(size, 2))), LETTERS[axis])
         parts[name].imshow(picture)
         parts[name].set_title(title, fontsize=8)
 
@@ -420,12 +414,9 @@ def layers(net, image: np.ndarray, axis: int = 2) -> Figure:
 # ----------------------------------------------------------------------------------------------------- training curves
 
 CURVES = {  # title of a panel, and the columns of log.csv in it
-    "training loss": ["train/loss"],
-    "Dice on the validation scans": ["val/dice"],
-    "Dice of its worst scan": ["val/dice_worst"],
+    "training loss": ["train/loss"], "Dice on the validation scans": ["val/dice"],
+    "Dice of its worst scan": ["val/dice_worst"], "learning rate": ["train/lr"], "gradient norm": ["train/grad_norm"],
     "called organ (dashed: truth)": ["val/foreground_prediction", "val/foreground_truth"],
-    "learning rate": ["train/lr"],
-    "gradient norm": ["train/grad_norm"],
 }
 
 
@@ -450,22 +441,13 @@ def fit_to_dice(axes) -> None:
         axes.set_ylim(max(low - room, 0), high + room / 2)
 
 
-def summary(log: Sequence[dict], name: str) -> str:
-    """A run in one line: its name, best epoch, and how long it took."""
-    dice, minutes = column(log, "val/dice"), np.nansum(column(log, "system/seconds")) / 60
-    minutes += np.nansum(column(log, "system/validation_seconds")) / 60
-    best = f"best Dice {np.nanmax(dice):.4f} in epoch {np.nanargmax(dice) + 1}, " if np.isfinite(dice).any() else ""
-    prefix = f"{name}: " if name else ""
-    return f"run {prefix}{best}{len(log)} epochs, {minutes:.1f} minutes so far".replace("$", r"\$")  # no formulas
-
-
 def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figure:
     """What tells whether a run goes well, epoch by epoch (from 1), for one or more runs.
 
     A log is the rows of a log.csv; a value that it lacks is left out of the picture. The band around the mean Dice is
     one standard deviation over the scans, the star its best epoch. `names` tell several runs apart.
     """
-    figure = NotebookFigure((WIDTH / 100, 5.1 + 0.2 * len(logs)), dpi=100, layout="constrained")
+    figure = NotebookFigure((WIDTH / 100, 5.3), dpi=100, layout="constrained")
     for axes, (title, columns) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         # The first run is the widest line: it is seen where the others lie on it.
         for log, colour, width in zip(logs, cycle(RUNS), np.linspace(1.5, 4, len(logs))[::-1], strict=False):
@@ -473,24 +455,21 @@ def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figu
             for name, style in zip(columns, ("-", "--"), strict=False):
                 axes.plot(epochs, column(log, name), style, marker=".", color=colour, linewidth=width)
             mean, spread = column(log, "val/dice"), column(log, "val/dice_std")
-            if "val/dice" in columns and np.isfinite(mean).any():
+            if columns == ["val/dice"] and np.isfinite(mean).any():
                 axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
                 best = np.nanargmax(mean)
                 axes.plot(epochs[best], mean[best], "*", color=colour, markersize=12)
-                side = "right" if 2 * best >= len(log) else "left"
                 axes.annotate(f"{mean[best]:.3f}", (epochs[best], mean[best]), (0, 7), textcoords="offset points",
-                              ha=side, fontsize=9, color=colour)
-        axes.set_ylim(0, None)
-        if "Dice" in title:
-            fit_to_dice(axes)
+                              horizontalalignment="right", color=colour)
         axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("epoch", fontsize=9)
-        axes.set_xlim(0.5, None)  # There is no epoch 0.
-    labels = [summary(log, name) for log, name in zip_longest(logs, names, fillvalue="")]
-    figure.legend(figure.axes[0].lines, labels, loc="outside lower center", fontsize=9)
+        axes.set(xlabel="epoch", xlim=(0.5, None), ylim=(0, None))  # There is no epoch 0.
+        if "Dice" in title:
+            fit_to_dice(axes)
+    if names:
+        labels = [f"run {name}".replace("$", r"\$") for name in names]  # no formula
+        figure.legend(figure.axes[0].lines, labels, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -572,6 +551,8 @@ def make_picture(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: {args.picture} writes {' or '.join(endings)}; name the file so")
     if args.picture in ("layers", "augment") and len(args.files) != 2:
         raise ValueError(f"{args.picture} takes two files, found {len(args.files)}; see --help")
+    if args.out.endswith(".html") and len(args.files) > 9:
+        raise ValueError(f"found {len(args.files) - 1} masks; a player shows 0 to 8")
     if not 0 <= args.count <= 1000:
         raise ValueError(f"--count {args.count}: give 1 to 1000 slices, or 0 for all")
     if args.picture == "curves":
@@ -606,10 +587,8 @@ def draw(args: argparse.Namespace) -> None:
 
     try:
         make_picture(args)
-    except data.DataError:
-        raise
     except (ValueError, OSError, ImportError) as error:
-        raise data.DataError(str(error)) from None
+        raise error if isinstance(error, data.DataError) else data.DataError(str(error)) from None
     print(args.out)
 
 

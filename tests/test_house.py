@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # data.py, predict.py and train.py are above what was planned (340, 175, 400): what was found wrong in silence (damaged
 # files, labels that are none, other formats left out, headers that lie, two runs in one folder) is told there in one
 # line each; and slices and patches each have their measured recipe in train.py, so that no flag is needed.
+# visualize.py is above its 300: letters, bars, crosshairs, names, Dice and fitted curves came to it, and nothing went.
 HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
@@ -25,7 +26,7 @@ HOUSE = {
     "data": (425, set()),
     "predict": (197, {"data", "metrics", "unet"}),
     "train": (438, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (330, {"data", "predict"}),
+    "visualize": (366, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")
