@@ -217,12 +217,11 @@ def fit_lightning(run: Run) -> None:
     run.loader.sampler.set_epoch(len(log))  # Lightning fetches its first batches before any hook runs
     run.loader.dataset.set_epoch(len(log))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # Lightning finds torchrun's processes by itself
-    events = tensorboard_folder(run)
     trainer = pl.Trainer(
         accelerator=run.device.type, devices=local, num_nodes=run.world_size // local, max_epochs=args.epochs,
         strategy=pl.strategies.DDPStrategy(broadcast_buffers=False) if run.world_size > 1 else "auto", benchmark=True,
         precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[run.precision],
-        logger=pl.loggers.TensorBoardLogger(events.parent, events.name, ""), callbacks=[best, last],
+        logger=pl.loggers.TensorBoardLogger(tensorboard_folder(run), "", ""), callbacks=[best, last],
         limit_train_batches=args.steps, use_distributed_sampler=False, num_sanity_val_steps=0,
         enable_model_summary=False, enable_progress_bar=sys.stderr.isatty())
     scans = DataLoader(range(len(run.val_scans)), batch_size=None)
@@ -671,6 +670,12 @@ def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
+EXAMPLES = """examples:
+  python train.py --data Task02_Heart --out runs/heart            a new run
+  python train.py --data Task02_Heart --out runs/heart --resume   go on where it stopped
+  python train.py --data Task02_Heart --dims 3                    in 3D: slower, but better"""
+
+
 def number(low: float, high: float = 1e6, kind: type = int) -> Callable[[str], float]:
     """A type for argparse: an int or float from `low` to `high`."""
 
@@ -694,11 +699,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `train.train(train.parse_args(["--data", "phantom"]))` runs it from Python."""
     parser = argparse.ArgumentParser(
-        description="Train a U-Net to segment an organ in MRI.", formatter_class=Help,
-        epilog="examples:\n"
-               "  python train.py --data Task02_Heart --out runs/heart            a new run\n"
-               "  python train.py --data Task02_Heart --out runs/heart --resume   go on where it stopped\n"
-               "  python train.py --data Task02_Heart --dims 3                    in 3D: slower, but better")
+        description="Train a U-Net to segment an organ in MRI.", formatter_class=Help, epilog=EXAMPLES)
     positive, share = number(1), partial(number, kind=float)
     told = {name: f"(default: {value}, in 3D {DEFAULTS[3][name]})" for name, value in DEFAULTS[2].items()}
     add = parser.add_argument_group("data").add_argument
