@@ -438,6 +438,8 @@ def say(text: str) -> None:
 def prepare(args: argparse.Namespace) -> Run:
     """Seed, device, data, network, optimisation, resume: a line is printed for each."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if rank > 0:
+        warnings.simplefilter("ignore")  # the first process says what there is to say
     torch.manual_seed(args.seed)                                                        # seed_everything
     say(f"seed       {args.seed}")
 
@@ -571,16 +573,9 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         writable = there.is_dir() and os.access(there, os.W_OK)
         require(writable, f"{folder}: {there} is no folder that can be written to; choose another")
+    split = saved["split"] if saved else data.split_scans([pair.name for pair in pairs], args.folds, args.fold)
     if saved:
-        split, known = saved["split"], {*saved["split"]["train"], *saved["split"]["val"]}
-        gone = known - {pair.name for pair in pairs}
-        require(not gone, f"{args.data}: the run began with {listed(sorted(gone))}: put it back, or choose another "
-                "--out")
-        if added := [pair.name for pair in pairs if pair.name not in known]:
-            warnings.warn(f"{args.data}: added since the run began, left out: {listed(added)}", stacklevel=2)
-        pairs = [pair for pair in pairs if pair.name in known]
-    else:
-        split = data.split_scans([pair.name for pair in pairs], args.folds, args.fold)
+        pairs = keep_split(pairs, split, args.data)
     median = data.survey(pairs)
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
@@ -611,6 +606,16 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     return train, val, {"split": split, "preprocess": how | {"size": size}, "files": checksums(pairs)}
 
 
+def keep_split(pairs: Sequence[data.Pair], split: dict[str, list[str]], root: str) -> list[data.Pair]:
+    """The pairs that a run began with. One that is gone since is an error, one that was added is left out."""
+    known = {*split["train"], *split["val"]}
+    gone = known - {pair.name for pair in pairs}
+    require(not gone, f"{root}: the run began with {listed(sorted(gone))}: put it back, or choose another --out")
+    if added := [pair.name for pair in pairs if pair.name not in known]:
+        warnings.warn(f"{root}: added since the run began, left out: {listed(added)}", stacklevel=2)
+    return [pair for pair in pairs if pair.name in known]
+
+
 def checksums(pairs: Sequence[data.Pair]) -> dict[str, list[int]]:
     """CRC-32 of each scan and its label: what a run that goes on compares, wherever the files lie by then."""
     return {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
@@ -635,7 +640,8 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
     if (before := old["machine"]["shared"]) != new["machine"]["shared"]:
         warnings.warn(f"the run had {before}: with others the last bits may differ", stacklevel=2)
     done, epochs = len(saved["log"]), new["epochs"]
-    was, now = (new["lr"] * lr_at(done, total, new["schedule"]) for total in (old["epochs"], epochs))
+    was, now = (new["lr"] * lr_at(done * new["steps"], total * new["steps"], new["schedule"])
+                for total in (old["epochs"], epochs))
     if done >= epochs:
         warnings.warn(f"{last}: has {done} epochs, --epochs is {epochs}: nothing is left to do", stacklevel=2)
     elif old["epochs"] != epochs:
