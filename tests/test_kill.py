@@ -107,7 +107,7 @@ def short_of_disk(arguments, bytes_left, shown):
     sys.exit(train.main(arguments))
 
 
-@pytest.mark.parametrize("engine", ["loop", "lightning"])
+@pytest.mark.parametrize("engine", ["loop", pytest.param("lightning", marks=pytest.mark.slow)])
 def test_where_the_disk_is_full_weights_come_first_and_pictures_may_fail(quick, tmp_path, engine):
     """A picture that cannot be written is a note. A checkpoint that cannot ends the run, and the last one stays."""
     job, shown = [*quick, "--width", "2", "--depth", "1", "--engine", engine], tmp_path / "shown"
