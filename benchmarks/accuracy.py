@@ -33,12 +33,8 @@ ROWS = {
     "former": ("", "the former default", "--epochs 20 --steps 352", ""),
     "width32": ("former", "twice the width, two poolings", "--width 32 --depth 2 --epochs 8", ""),
     "stem2": ("former", "blocks of 2 x 2 voxels instead of 4 x 4", "--stem 2 --epochs 6", ""),
-    "stem2_batch8": ("stem2", "8 slices a batch instead of 16", "--batch-size 8", ""),
-    "stem2_long": ("stem2", "an hour of one core", "--epochs 16", ""),
     "former_volume": ("", "the former 3D", "--dims 3 --epochs 64 --steps 71", ""),
     "volume_component": ("former_volume", "largest component only", "", "--largest-component"),
-    "volume_short": ("former_volume", "36 epochs instead of 64", "--epochs 36", ""),
-    "volume_short_component": ("volume_short", "largest component only", "", "--largest-component"),
     # The recipe that this project started from (see train.py), for about as long as the default takes.
     "seed": ("", "the first recipe: no norm, Dice loss, Adam 1e-4",
              "--width 64 --depth 3 --stem 1 --norm none --loss dice --lr 0.0001 --schedule constant --weight-decay 0 "

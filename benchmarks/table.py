@@ -15,6 +15,7 @@ from pathlib import Path
 import accuracy
 import numpy as np
 from record import RESULTS, ROOT
+from scipy.stats import spearmanr
 
 
 def markdown(rows: list[dict[str, str]], text_columns: int = 1) -> str:
@@ -104,8 +105,10 @@ def folds(folder: str = "ladder") -> str:
     for row in accuracy.ROWS:
         if records := of_all_folds(folder, row):
             scans = [scan for record in records for scan in record["scores"]]
+            known = [(scan["dice"], scan["confidence"]) for scan in scans if "confidence" in scan]
             rows.append({"row": f"`{row}`", "scans": f"{len(scans)}",
                          **scores(scans, min(scan["dice"] for scan in scans)),
+                         "rank correlation": f"{spearmanr(known).statistic:.2f}" if len(known) == len(scans) else "",
                          **{f"fold {k}": f"{record['mean']['dice']:.4f}" for k, record in enumerate(records)}})
     return markdown(rows)
 
