@@ -18,7 +18,6 @@ from pathlib import Path
 import record
 
 # Row: (the row that it changes, what it changes there, arguments of train.py, arguments of predict.py).
-# Where a change makes an epoch slower, the row has fewer epochs: rows are compared at about equal minutes.
 ROWS = {
     "short": ("", "the short run", "--epochs 8", ""),
     "default": ("", "no flag", "", ""),
@@ -66,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.limit_batches:
         results, runs = Path("runs/dry/results"), Path("runs/dry")
         others += ["--epochs", "1", "--limit-batches", str(args.limit_batches)]
-    # Rows last: after a third of the time every row has its first result.
     for seed, fold, row in itertools.product(args.seeds, args.fold, args.only):
         base, change, own, prediction = ROWS[row]
         tail = f"_fold{fold}_seed{seed}" if fold else f"_seed{seed}"
@@ -75,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{row}{tail}: done")
             continue
         print(f"\n{row}{tail}: {change}", flush=True)
-        # A row that only predicts otherwise takes the run of the row that it changes.
-        out = runs / f"{row if own or not base else base}{tail}"
+        out = runs / f"{row if own or not base else base}{tail}"  # a row that only predicts otherwise has no run of its own
         words = ["--data", args.data, *arguments(row).split(), "--fold", str(fold), "--seed", str(seed), *others]
         record.record(f"{row}{tail}", [*words, "--out", str(out)], prediction.split(), folder)
     return 0
