@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{row}{tail}: done")
             continue
         print(f"\n{row}{tail}: {change}", flush=True)
-        out = runs / f"{row if own or not base else base}{tail}"  # a row that only predicts otherwise has no run of its own
+        out = runs / f"{row if own or not base else base}{tail}"  # without changes of its own: that of its base
         words = ["--data", args.data, *arguments(row).split(), "--fold", str(fold), "--seed", str(seed), *others]
         record.record(f"{row}{tail}", [*words, "--out", str(out)], prediction.split(), folder)
     return 0
