@@ -27,7 +27,7 @@ from data import DataError
 
 HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore"}
 CODES = ["".join(codes) for order in permutations(("LR", "PA", "IS")) for codes in product(*order)]
-fork = multiprocessing.get_context("fork")
+fork = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")  # Windows has spawn alone
 
 
 def stored_as(array, codes, spacing=(1.0, 2.0, 3.0)):
