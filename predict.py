@@ -127,24 +127,27 @@ def predict_batch(net: UNet, images: np.ndarray, precision: torch.dtype = torch.
         return net.predict(x)[:, 0].cpu().numpy()
 
 
-def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None = None,
-                   smooth: float = 0, precision: torch.dtype = torch.float32, batch_size: int = 16) -> np.ndarray:
+def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None = None, smooth: float = 0,
+                   precision: torch.dtype = torch.float32, batch_size: int = 16) -> np.ndarray:
     """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), on the host: the GPU holds one batch of it.
 
-    In 2D `batch_size` slices go through the network at a time. Slices smaller than `size`, the (H, W) of training, are
-    padded to it as they were there, and cropped back: a network with batch norm is used to the padding, and loses Dice
-    without it. Larger ones stay whole. As the network sees each slice alone, neighbours are then averaged by a Gaussian
-    of `smooth` slices deviation. In 3D a window of `size`, the (D, H, W) of training, moves over the volume.
+    A window of `size`, the (H, W) or (D, H, W) of training, moves over the volume: a network sees the padding at the
+    border of its input, and loses Dice where it is given other sizes than it was trained on. A smaller volume is padded
+    to it as it was there, and cropped back. Without a size the volume is one window. In 2D `batch_size` slices go
+    through the network at a time; as it sees each alone, neighbours are then averaged by a Gaussian of `smooth` slices
+    deviation.
     """
-    size = size or volume.shape[-net.dims :]
-    padded = crop_or_pad(volume, np.maximum(volume.shape[-len(size) :], size))
-    if net.dims == 3:
-        probability = sliding_window(lambda windows: predict_batch(net, windows, precision), padded, size)
-    else:
-        probability = np.empty(padded.shape, np.float32)
-        for start in range(0, len(volume), batch_size):
-            slices = slice(start, start + batch_size)
-            probability[slices] = predict_batch(net, padded[slices], precision)
+    size = tuple(size or volume.shape[-net.dims :])
+    window = size if net.dims == 3 else (len(volume), *size)
+
+    def answer(windows: np.ndarray) -> np.ndarray:  # (N, D, H, W)
+        if net.dims == 3:
+            return predict_batch(net, windows, precision)
+        slices = windows.reshape(-1, *size)
+        batches = np.array_split(slices, math.ceil(len(slices) / batch_size))
+        return np.concatenate([predict_batch(net, batch, precision) for batch in batches]).reshape(windows.shape)
+
+    probability = sliding_window(answer, crop_or_pad(volume, np.maximum(volume.shape, window)), window)
     if smooth:
         probability = ndimage.gaussian_filter1d(probability, smooth, axis=0, mode="nearest")
     return crop_or_pad(probability, volume.shape)
@@ -158,6 +161,8 @@ def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndar
     Neighbouring windows share at least `overlap` of their length. Each counts with a Gaussian about its centre, of
     deviation `size / 8`: a network knows least at the border of what it sees (Isensee et al. 2021).
     """
+    if volume.shape == tuple(size):
+        return function(volume[None])[0]
     total, weight = np.zeros((2, *volume.shape), np.float32)
     axes = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in size]
     gaussian = np.einsum("d,h,w->dhw", *axes).astype(np.float32).clip(1e-6)  # no voxel of weight 0

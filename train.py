@@ -423,7 +423,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 32, "depth": 2, "epochs": 18}}
-SMOOTH = 2.0  # mm over which slices are averaged at prediction, in 2D
+SMOOTH = 1.5  # mm over which slices are averaged at prediction, in 2D
 LARGEST_PATCH = (20, 32, 32)  # times the stem: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
 # What a resumed run may change: where and how it runs, not what comes out.
 MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "workers", "compile", "epochs"}
@@ -590,8 +590,8 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     require(organ, f"{args.data}: no voxel of a label is foreground (--label {args.label}); there is nothing to learn")
 
     args.stem = args.stem or (4 if max(spacing[-args.dims :]) < 0.9 else 2)
-    # Larger slices are cropped, for training only: prediction takes them whole. The network pads up to `multiple`; to
-    # save a fifth of the work, up to 5 % of the median length is cut instead.
+    # Larger slices are cropped, for training only: prediction moves a window over them. The network pads up to
+    # `multiple`; to save a fifth of the work, up to 5 % of the median length is cut instead.
     multiple = args.stem * 2**args.depth
     median_shape = np.median([scan.open("mask").shape[-args.dims :] for scan in train], axis=0)
     if args.dims == 3:
