@@ -116,7 +116,7 @@ def monai_augment() -> Callable:
     augment = t.Compose([
         t.Rand2DElasticd(["image", "mask"], (20, 20), (0, 3), prob=1, rotate_range=np.pi / 4, scale_range=0.15,
                          mode=["bilinear", "nearest"], padding_mode="zeros"),
-        t.RandScaleIntensityd("image", 0.25, prob=1), t.RandShiftIntensityd("image", 0.25, prob=1),
+        t.RandScaleIntensityd("image", 0.4, prob=1), t.RandShiftIntensityd("image", 0.7, prob=1),
         t.RandGaussianNoised("image", prob=0.25, std=0.2), t.RandGaussianSmoothd("image", (0, 1), (0, 1), prob=0.25),
         t.ToNumpyd(["image", "mask"])])
     return lambda image, mask, seed: augment({"image": image, "mask": mask}).values()
