@@ -19,7 +19,7 @@ import record
 
 # Row: (the row that it changes, what it changes there, arguments of train.py, arguments of predict.py).
 ROWS = {
-    "short": ("", "the short run", "--epochs 8", ""),
+    "short": ("", "the short run", "--epochs 10", ""),
     "default": ("", "no flag", "", ""),
     "volume": ("", "patches of volumes, blocks of 4 x 4 x 4 voxels", "--dims 3", ""),
     # Before slices were averaged and an epoch was 250 steps: a pass over the scans then, of 352 steps, in 3D of 71.
