@@ -25,8 +25,8 @@ HOUSE = {
     "losses": (30, set()),
     "metrics": (40, set()),
     "data": (437, set()),
-    "predict": (206, {"data", "metrics", "unet"}),
-    "train": (593, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "predict": (208, {"data", "metrics", "unet"}),
+    "train": (595, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (366, {"data", "predict"}),
     "phantom": (140, set()),
 }

@@ -300,7 +300,7 @@ def test_layers_command_shows_where_the_network_sees_most(size, dims, shape, fil
     how = {"axis": 2, "label": None, "spacing": [None] * 3, "crop": 0, "normalise": "zscore", "size": size,
            "smooth": 0}
     torch.save({"version": predict.VERSION, "model": UNet(**network).state_dict(), "network": network,
-                "preprocess": how, "split": {"train": [], "val": []}}, tmp_path / "x.pt")
+                "preprocess": how, "split": {"train": [], "val": []}, "doubt_below": 0.0}, tmp_path / "x.pt")
     out = tmp_path / "layers.png"
     assert visualize.main(["layers", str(tmp_path / "x.pt"), files[0], "--out", str(out)]) == 0 and out.exists()
     seen = np.zeros((9, 30, 40))
