@@ -284,7 +284,7 @@ Image("runs/tour/movie.gif")
 # %% [markdown]
 # ## 10. The loop
 #
-# Here is what ran in section 6, printed from `train.py`. It has four stations: train, evaluate, log, save. Find these
+# Here is what ran in section 6, printed from `train.py`. It has four stations: train, evaluate, save, log. Find these
 # four lines, the heart of all deep learning: `forward(image)`, `loss_function`, `backward`, `step`.
 
 # %%
