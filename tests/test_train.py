@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -154,6 +155,30 @@ def test_fine_voxels_enter_in_larger_blocks(write_nifti, tmp_path, changes, stem
     args = train.parse_args(command.split())
     size = train.load_data(args)[2]["preprocess"]["size"]
     assert args.stem == stem and all(length % (2 * stem) == 0 for length in size)
+
+
+@pytest.mark.parametrize(("cores", "slices", "patches", "cuda"), [
+    (1, (0, 1), (0, 1), 0), (2, (1, 1), (1, 2), 1), (4, (2, 2), (1, 4), 3), (8, (4, 4), (2, 8), 7),
+    (64, (32, 32), (9, 64), 32),
+])
+def test_threads_take_the_cores_that_workers_leave(monkeypatch, cores, slices, patches, cuda):
+    """Workers and threads, for slices and for patches on a CPU, and workers beside a GPU; `--workers` wins."""
+    threads = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(data, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+
+    def share(device, *more):
+        return train.share_cores(train.parse_args(["--data", "x", *more]), torch.device(device)), threads[-1]
+
+    assert share("cpu") == slices and share("cpu", "--dims", "3") == patches and share("cuda")[0] == cuda
+    assert share("cpu", "--workers", "0") == (0, cores)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no taskset")
+def test_cores_that_others_may_not_use_are_not_counted():
+    code = "import os, data; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); assert data.cpu_count() == 1"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(train.__file__).parent)
 
 
 def test_seed_decides_and_workers_do_not(quick, tmp_path):
