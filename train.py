@@ -92,7 +92,7 @@ def fit_loop(run: Run) -> None:
     autocast = partial(torch.autocast, device.type, run.precision, enabled=run.precision != torch.float32)
     scaler = make_scaler(run)                                                           # Trainer(precision=)
     if run.saved:                                                                       # Trainer.fit(ckpt_path=)
-        log = run.saved["log"]
+        log = list(run.saved["log"])  # a copy: it grows
         net.load_state_dict(run.saved["model"])
         optimizer.load_state_dict(run.saved["optimizer"])
         scaler.load_state_dict(run.saved["scaler"])
@@ -811,7 +811,7 @@ def closing(args: argparse.Namespace, result: dict, seconds: float) -> str:
                  f"last.pt: Dice {dices[-1]:.4f} after the last epoch; {best}", *lines]
     name = min(scans, key=scans.get) if scans else result["split"]["train"][0]  # the worst says the most
     pair = next(pair for pair in data.find_pairs(args.data) if pair.name == name)
-    mask = Path(out, "masks", f"{name}.nii.gz" if pair.image.suffix.lower() == ".gz" else f"{name}.nii")
+    mask = Path(out, "masks", f"{name}.nii.gz")
     commands = [
         ["predict.py", args.data, "--checkpoint", f"{out}/last.pt", "--out", mask.parent,
          "--labels", pair.label.parent],
