@@ -21,6 +21,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,8 @@ import re
 import sys
 import threading
 import warnings
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
@@ -47,7 +50,7 @@ from tqdm import tqdm
 PLANES = ("LIP", "PIL", "SPL")
 # ... and which of the patient's axes that is: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
 PATIENT_AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
-CACHE_VERSION = 3  # Part of every cache key: raise it when `preprocess` changes, or what is refused.
+CACHE_VERSION = 4  # Part of every cache key: raise it when `preprocess` changes, or what is refused.
 NIFTI = (".nii", ".nii.gz")
 # What a scan that is no NIfTI is, what makes one of it, and the endings by which it is known.
 FOREIGN = {
@@ -82,23 +85,26 @@ class Pair(NamedTuple):
 
 @contextlib.contextmanager
 def one_line(path: str | Path) -> Iterator[None]:
-    """Turn what the file system says about `path` (disk full, no permission) into a DataError."""
+    """Turn what the file system says about a file (disk full, no permission) into a DataError; `path` is where it does
+    not say which."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
+        raise DataError(f"{error.filename or path}: {error.strerror or error}") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a temporary file beside `path`, then rename it: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     with one_line(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
@@ -158,7 +164,11 @@ def by_name(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def match_files(root: str | Path) -> tuple[list[Pair], list[str]]:
-    """Pairs of a labelled data set, sorted by name, and a line for each kind of file that has no partner."""
+    """Pairs of a labelled data set, sorted by name, and a line for each kind of file that has no partner.
+
+    Raises:
+        DataError: see `find_pairs`.
+    """
     root = Path(root)
     require(root.is_dir(), f"{root}: not a folder; give one with imagesTr/ and labelsTr/ (phantom.py writes one)")
     found = listed(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folder"
@@ -167,6 +177,9 @@ def match_files(root: str | Path) -> tuple[list[Pair], list[str]]:
     require(images.is_dir() and labels.is_dir(), f"{root}: holds {found}; expected imagesTr/ and labelsTr/, or images/ "
             "and labels/ (docs/challenge.md: of a folder a patient)")
     scans, masks = by_name(nifti_files(images)), by_name(nifti_files(labels))
+    channels = [name for name in scans if re.search(r"_\d{4}$", name) and name[:-5] in masks]
+    require(not channels, f"{images}: {listed(channels)}: several channels of a patient, as nnU-Net numbers them; one "
+            "is read here: keep the files of one number only, and name them _0000")
     problems = []
     for folder, have, lack, other in ((images, scans, masks, labels), (labels, masks, scans, images)):
         if alone := ", ".join(sorted(have.keys() - lack.keys())):
@@ -178,11 +191,22 @@ def find_pairs(root: str | Path) -> list[Pair]:
     """Scans of a data set with their label files, sorted by name; names decide, `dataset.json` is not read.
 
     Raises:
-        DataError: no folder, no scans, a scan without label, a label without scan, two files of one name.
+        DataError: no folder, no scans, a scan without label, a label without scan, two files of one name, several
+            channels of a patient.
     """
     pairs, problems = match_files(root)
     require(not problems, "; ".join(problems))
     return pairs
+
+
+def checksums(pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    """CRC-32 of each scan and its label. Warns of copies: a patient who is there twice is on both sides of a split."""
+    sums = {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
+    counts = Counter(itertools.chain(*sums.values()))
+    if copies := [name for name, both in sums.items() if max(counts[crc] for crc in both) > 1]:
+        warnings.warn(f"scans or labels that are copies of one another: {listed(copies)}; of a patient who is there "
+                      "twice keep one scan, or no score is sound", stacklevel=2)
+    return sums
 
 
 def split_scans(names: Sequence[str], folds: int, fold: int | str) -> dict[str, list[str]]:
@@ -410,8 +434,11 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
         float16 scan (half the memory; its steps are 1/1000 of a deviation, far below MRI noise) or uint8 mask.
 
     Raises:
+        ValueError: an array that has not three axes.
         DataError: a scan of one value, or one that is not larger than the crop.
     """
+    if array.ndim != 3:
+        raise ValueError(f"{name}: shape is {array.shape}; expected (D, H, W)")
     factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
     # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales anyway.
     if any(abs(factor - 1) > 0.15 for factor in factors):
@@ -456,7 +483,8 @@ def crop_or_pad(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 class CachedScan(NamedTuple):
     """A preprocessed scan on disk, slices first. `scan.open("image")` is float16 (D, H, W), as the network sees it;
-    "mask" is uint8 on the same grid; "truth" is uint8 on the scan's own grid, and what is scored against."""
+    "mask" is uint8 on the same grid; "truth" is uint8 on the scan's own grid, and what is scored against; "spacing" is
+    the scan's own, (3,) in mm."""
 
     name: str
     folder: Path
@@ -487,7 +515,7 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
 
     The folder's name tells files and preprocessing apart, and it is renamed into place when whole.
     """
-    key = json.dumps([CACHE_VERSION, fingerprint(pair.image), fingerprint(pair.label), how])
+    key = json.dumps([CACHE_VERSION, *map(fingerprint, pair[1:]), how])  # of every file of the pair
     folder = cache_folder / f"{pair.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return CachedScan(pair.name, folder)
@@ -499,7 +527,7 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
         with TemporaryDirectory(dir=cache_folder, prefix=".") as temporary:
             whole = Path(temporary, "scan")
             whole.mkdir()
-            for kind, array in (("image", image), ("mask", mask), ("truth", truth)):
+            for kind, array in (("image", image), ("mask", mask), ("truth", truth), ("spacing", scan.spacing)):
                 np.save(whole / f"{kind}.npy", array)
             with contextlib.suppress(OSError):  # another run was faster
                 whole.rename(folder)
@@ -567,7 +595,7 @@ def pipeline(kind: str):
 
     steps = [
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45)),
-        iaa.ElasticTransformation(alpha=(0.0, 40.0), sigma=(4.0, 8.0)),  # displacement and smoothness in pixels
+        iaa.ElasticTransformation(alpha=(0.0, 40.0), sigma=(4.0, 8.0)),  # noise of `alpha` pixels, smoothed by `sigma`
     ]
     if kind == "full":
         steps += [
@@ -690,6 +718,7 @@ def slice_axis(spacing: Sequence[float]) -> int:
 def check(root: str | Path, label: Sequence[int] | None = None) -> None:
     """Print what is in a data set, a line for each scan. Raises DataError with a line for each problem."""
     pairs, problems = match_files(root)
+    checksums(pairs)
     absent = []
     for pair in pairs:
         try:

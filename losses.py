@@ -20,30 +20,33 @@ from torch import Tensor, nn
 
 
 class DiceLoss(nn.Module):
-    """`1 - 2 * sum(p * y) / (sum(p) + sum(y))` with p = sigmoid(logits), summed over the whole batch.
+    """`1 - 2 * sum(p * y) / (sum(p) + sum(y))` with p = sigmoid(logits), summed over the whole batch and all channels.
 
     The empty mask: with y = 0 everywhere the loss is about 1 and has almost no gradient, unless p vanishes too (below
     `smooth`), where it is 0. Dice alone therefore teaches little from a sample without foreground; summed over a batch,
     which holds other slices too, every false voxel still counts. That is why the sum runs over the batch by default.
 
     Args:
-        per_sample: sum over each sample, then average over the batch.
+        per_sample: sum over each sample, then average over the batch. Not together with `reduce`.
         smooth: added to numerator and denominator, so that 0/0 is a perfect score. 1 is common too: it softens the
             empty mask and biases small ones.
         reduce: applied to the sums before they are divided. With several processes it adds those of the others
             (`torch.distributed.nn.functional.all_reduce`), so that the batch is that of all processes together.
 
     Raises:
-        ValueError: logits and target differ in shape (broadcasting would hide it).
+        ValueError: logits and target differ in shape (broadcasting would hide it); `per_sample` with `reduce`.
     """
 
     def __init__(self, *, per_sample: bool = False, smooth: float = 1e-6,
                  reduce: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
+        if per_sample and reduce:
+            raise ValueError("reduce adds up what processes share, and with per_sample they share nothing: take one")
         self.per_sample, self.smooth, self.reduce = per_sample, smooth, reduce
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        check_shapes(logits, target)
+        if logits.shape != target.shape:
+            raise ValueError(f"logits are {tuple(logits.shape)}, target is {tuple(target.shape)}; they must be equal")
         probability, target = torch.sigmoid(logits.float()), target.float()
         axes = tuple(range(1 if self.per_sample else 0, logits.ndim))
         overlap = (probability * target).sum(axes)  #               () or (B,)
@@ -68,8 +71,3 @@ class BCEDiceLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         dice = self.dice(logits, target)
         return dice + F.binary_cross_entropy_with_logits(logits.float(), target.float())
-
-
-def check_shapes(logits: Tensor, target: Tensor) -> None:
-    if logits.shape != target.shape:
-        raise ValueError(f"logits are {tuple(logits.shape)}, target is {tuple(target.shape)}; they must be equal")

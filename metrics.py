@@ -24,7 +24,17 @@ from scipy.spatial import KDTree
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """2 |P and T| / (|P| + |T|), 0 to 1, of two bool masks of one shape; 1 where both are empty."""
+    """2 |P and T| / (|P| + |T|), 0 to 1, of two masks; 1 where both are empty.
+
+    Raises:
+        ValueError: masks that are not bool, or differ in shape.
+    """
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    for name, mask in (("prediction", prediction), ("truth", truth)):
+        if mask.dtype != bool:
+            raise ValueError(f"{name} is {mask.dtype}; a mask is bool (threshold it first, for instance `x > 0.5`)")
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction is {prediction.shape}, truth is {truth.shape}; they must be equal")
     total = int(np.count_nonzero(prediction) + np.count_nonzero(truth))
     return 2 * int(np.count_nonzero(prediction & truth)) / total if total else 1.0
 
@@ -57,13 +67,9 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
     Raises:
         ValueError: masks that are not bool, differ in shape, or a spacing that does not fit them.
     """
-    for name, mask in (("prediction", prediction), ("truth", truth)):
-        if mask.dtype != bool:
-            raise ValueError(f"{name} is {mask.dtype}; a mask is bool (threshold it first, for instance `x > 0.5`)")
-    if prediction.shape != truth.shape:
-        raise ValueError(f"prediction is {prediction.shape}, truth is {truth.shape}; they must be equal")
-    if len(spacing) != truth.ndim or not all(0 < step < np.inf for step in spacing):
-        raise ValueError(f"spacing is {tuple(spacing)}; expected {truth.ndim} positive lengths in mm")
+    overlap, prediction, truth = dice(prediction, truth), np.asarray(prediction), np.asarray(truth)
+    if np.shape(spacing) != (truth.ndim,) or not all(0 < step < np.inf for step in spacing):
+        raise ValueError(f"spacing is {spacing}; expected {truth.ndim} positive lengths in mm")
 
     volumes = [int(np.count_nonzero(mask)) for mask in (prediction, truth)]
     if all(volumes):
@@ -72,7 +78,6 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
     else:
         hd95 = assd = np.inf if any(volumes) else 0.0
     voxel_ml = float(np.prod(spacing)) / 1000
-    overlap = dice(prediction, truth)
     return {
         "dice": overlap,
         "jaccard": overlap / (2 - overlap),

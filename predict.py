@@ -33,7 +33,7 @@ from data import DataError, Scan, crop_or_pad, require
 from metrics import score
 from unet import UNet
 
-VERSION = 3  # of the checkpoint; train.py writes it, load_checkpoint understands it
+VERSION = 4  # of the checkpoint; train.py writes it, load_checkpoint understands it
 # The fields of its scan's header that a mask has, too, begin so: where the voxels lie, and nothing of what they meant.
 GEOMETRY = ("pixdim", "xyzt", "q", "sform", "srow")
 
@@ -221,8 +221,8 @@ def predict_scan(path: Path, net: UNet, how: dict, precision: torch.dtype, batch
     scan = data.read_scan(path, how["axis"])
     volume = data.preprocess(scan.array, scan.spacing, how, path)
     try:
-        probability = predict_volume(net, volume, size=how["size"], smooth=how["smooth"], precision=precision,
-                                     batch_size=batch_size)
+        probability = predict_volume(net, volume, size=how["size"], smooth=how["smooth"] / scan.spacing[0],
+                                     precision=precision, batch_size=batch_size)
     except torch.cuda.OutOfMemoryError:
         raise DataError(f"{path}: out of GPU memory; lower --batch-size {batch_size}, or --device cpu") from None
     return scan, data.undo_preprocess(probability, scan.array.shape, how)

@@ -124,7 +124,7 @@ def fit_loop(run: Run) -> None:
             # Without a scaler, on Apple's GPU, the host itself looks whether the gradient is finite.
             if scaler.is_enabled() or norms[-1].isfinite():                             # optimizer_step
                 scaler.step(optimizer)
-            scaler.update()
+            scaler.update(None if run.precision == torch.float16 else 1.0)
             optimizer.zero_grad()                                                       # optimizer_zero_grad
         share_buffers(run)
         check_finite(run, epoch, torch.stack(norms))  # waits for the GPU, so that the next line tells the time
@@ -252,9 +252,8 @@ def has_fused(device: torch.device) -> bool:
 
 def make_scaler(run: Run) -> torch.amp.GradScaler:
     """A scaler that leaves out steps whose gradient is inf or NaN. Only of float16 it scales the loss, too."""
-    if run.precision == torch.float16:
-        return torch.amp.GradScaler(run.device.type)
-    return torch.amp.GradScaler(run.device.type, 1.0, growth_interval=2**31 - 1, enabled=has_fused(run.device))
+    scale = 2.0**16 if run.precision == torch.float16 else 1.0
+    return torch.amp.GradScaler(run.device.type, scale, enabled=has_fused(run.device))
 
 
 def progress(run: Run, epoch: int, losses: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -288,8 +287,9 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
     hidden = None if run.rank == 0 and len(scans) > 1 else True
     for scan in tqdm(scans, "validation", unit=" scans", leave=False, disable=hidden):
         image, mask, truth = scan.open("image"), scan.open("mask"), scan.open("truth")
-        probability = predict.predict_volume(run.net, image, size=how["size"], smooth=how["smooth"],
-                                             precision=run.precision, batch_size=run.args.batch_size)
+        probability = predict.predict_volume(run.net, image, size=how["size"], precision=run.precision,
+                                             smooth=how["smooth"] / scan.open("spacing")[0],
+                                             batch_size=run.args.batch_size)
         answer = data.undo_preprocess(probability, truth.shape, how)
         prediction = answer > 0.5
         fullest = int(mask.sum(axis=(1, 2)).argmax())
@@ -312,8 +312,10 @@ def gather_rows(rows: list[dict]) -> list[dict]:
 
 def validation(rows: list[dict]) -> dict:
     """What a checkpoint keeps of its validation: the Dice of each scan, and the confidence below which predict.py calls
-    a mask doubtful, two standard deviations under the mean of these scans (NaN without any: then it never does)."""
-    values = [row["confidence"] for row in rows] or [math.nan]
+    a mask doubtful: two standard deviations under the mean of the scans in which something was found. Of fewer than
+    three such scans it is NaN, and no mask is called so."""
+    values = [row["confidence"] for row in rows if row["confidence"]]
+    values = values if len(values) >= 3 else [math.nan]
     return {"scans": {row["name"]: row["dice"] for row in rows},
             "doubt_below": float(np.mean(values) - 2 * np.std(values))}
 
@@ -421,6 +423,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 # ---------------------------------------------------------------------------------------------------- before the loop
 
+LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 32, "depth": 2, "epochs": 18}}
 SMOOTH = 1.5  # mm over which slices are averaged at prediction, in 2D
@@ -460,6 +463,8 @@ def prepare(args: argparse.Namespace) -> Run:
     lowest = math.ceil(size[0] / (args.stem * 2**args.depth))  # depth of the maps there, of a padded patch
     if args.dims == 3 and device.type == "cpu" and (lowest == 2 or lowest == 1 and args.depth > 0):
         precision = torch.float32  # PyTorch's bfloat16 gradients are wrong at a depth of 2 there: see the README
+    # What was chosen, so that a run that goes on elsewhere is refused another.
+    args.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
     dataset = data.SliceDataset if args.dims == 2 else data.PatchDataset
     train_set = dataset(train_scans, size, augment="none" if args.overfit else args.augment, seed=args.seed,
                         samples=args.steps * args.batch_size)
@@ -501,10 +506,9 @@ def prepare(args: argparse.Namespace) -> Run:
 
 def make_loss(name: str, world_size: int) -> nn.Module:
     """The loss of a name. Dice is that of the batch of all processes together, not the mean of one Dice for each."""
-    if name == "bce":
-        return nn.BCEWithLogitsLoss()
-    loss = DiceLoss if name == "dice" else BCEDiceLoss
-    return loss(reduce=all_reduce if world_size > 1 else None)
+    if world_size > 1 and name != "bce":
+        return LOSSES[name](reduce=all_reduce)
+    return LOSSES[name]()
 
 
 def share_cores(args: argparse.Namespace, device: torch.device) -> int:
@@ -580,7 +584,7 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
     how = {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
-           "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH / spacing[0] if args.dims == 2 else 0.0}
+           "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH if args.dims == 2 else 0.0}
     scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
     train = [scans[name] for name in split["train"]]
     val = [scans[name] for name in split["val"]]
@@ -603,7 +607,7 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     least, voxels = (4, 100_000) if args.dims == 2 else (2, 2 * math.prod(LARGEST_PATCH))
     samples = voxels // math.ceil(math.prod(size) / args.stem**args.dims)
     args.batch_size = args.batch_size or max(least, min(samples, 16))
-    return train, val, {"split": split, "preprocess": how | {"size": size}, "files": checksums(pairs)}
+    return train, val, {"split": split, "preprocess": how | {"size": size}, "files": data.checksums(pairs)}
 
 
 def keep_split(pairs: Sequence[data.Pair], split: dict[str, list[str]], root: str) -> list[data.Pair]:
@@ -614,11 +618,6 @@ def keep_split(pairs: Sequence[data.Pair], split: dict[str, list[str]], root: st
     if added := [pair.name for pair in pairs if pair.name not in known]:
         warnings.warn(f"{root}: added since the run began, left out: {listed(added)}", stacklevel=2)
     return [pair for pair in pairs if pair.name in known]
-
-
-def checksums(pairs: Sequence[data.Pair]) -> dict[str, list[int]]:
-    """CRC-32 of each scan and its label: what a run that goes on compares, wherever the files lie by then."""
-    return {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
 
 
 def find_checkpoint(args: argparse.Namespace) -> dict | None:
@@ -652,7 +651,7 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
 def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
     """Make the run folder, with args.json in it, a list of one entry for each time that the run was started.
 
-    Of two runs at once, one gets the folder and the other is refused.
+    Of two new runs at once, one gets the folder and the other is refused; with --resume nothing tells them apart.
     """
     out = Path(args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
     starts, entry = out / "args.json", vars(args) | {"machine": machine}
@@ -660,8 +659,11 @@ def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
     with data.one_line(out):
         out.mkdir(parents=True, exist_ok=True)
         if args.resume and starts.exists():
-            entries = [*json.loads(starts.read_text()), entry]
-            data.write_atomically(starts, json.dumps(entries, indent=1).encode())
+            try:
+                entries = list(json.loads(starts.read_text()))
+            except ValueError:
+                raise DataError(f"{starts}: damaged; delete it to go on without the record of earlier starts") from None
+            data.write_atomically(starts, json.dumps([*entries, entry], indent=1).encode())
             return out
         if any(out.glob("*.pt")) and not args.resume:
             raise taken
@@ -733,7 +735,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--attention", action="store_true", help="attention gates on the skips")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--loss", default="bce_dice", choices=("dice", "bce", "bce_dice"), help="training loss")
+    add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
     add("--epochs", type=positive, metavar="N", help=f"how often to validate and save {told['epochs']}")
     add("--steps", "--limit-batches", type=positive, default=250, metavar="N", help="batches an epoch")
     add("--batch-size", type=positive, metavar="N", help="of all processes together (default: as many as keep a step "
@@ -816,7 +818,7 @@ def closing(args: argparse.Namespace, result: dict, seconds: float) -> str:
         ["predict.py", args.data, "--checkpoint", f"{out}/last.pt", "--out", mask.parent,
          "--labels", pair.label.parent],
         ["visualize.py", "movie", pair.image, mask, pair.label, "--out", f"{out}/{name}.html"]]
-    commands[0] += ["--held-out"] if scans else []
+    commands[0] += ["--held-out"] if name in result["split"]["val"] else []
     return "\n".join(lines + ["  python " + shlex.join(map(str, command)) for command in commands])
 
 

@@ -5,7 +5,9 @@
     Oktay et al., "Attention U-Net: Learning Where to Look for the Pancreas", MIDL 2018
     Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient Sub-Pixel CNN", CVPR 2016 (stem)
 
-Contract: float images (B, C, H, W), or (B, C, D, H, W) with dims=3, any size, in; logits of the same size out.
+Contract: float images (B, C, H, W), or (B, C, D, H, W) with dims=3, any size, in; logits of the same size out. To train
+with a normalisation, maps on the lowest level, of 1 / (stem * 2**depth) of the size, must hold more than one voxel; and
+on a CPU in 3D, gradients in bfloat16 are wrong where they are 1 or 2 deep (PyTorch 2.13): take float32 there.
 
     from unet import UNet
     net = UNet(width=64, depth=3, norm="none")      # 7,781,761 parameters
@@ -177,12 +179,13 @@ class UNet(nn.Module):
     def predict(self, x: Tensor, threshold: float | None = None) -> Tensor:
         """Probabilities, float32 of `forward`'s shape; with a threshold the bool mask `probability > threshold`.
 
-        Runs in evaluation mode, whatever mode the network is in, and leaves it in that mode.
+        Runs in evaluation mode, whatever mode the network is in, and leaves each part of it in its mode.
         """
-        training = self.training
+        modes = {part: part.training for part in self.modules()}
         self.eval()
         try:
             probability = torch.sigmoid(self(x).float())  # float32: bfloat16 has only 128 steps between 0.5 and 1
         finally:
-            self.train(training)
+            for part, training in modes.items():
+                part.training = training
         return probability if threshold is None else probability > threshold

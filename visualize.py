@@ -524,7 +524,7 @@ def fullest_slice(checkpoint: str, path: str) -> tuple:
     net, how = predict.load_network(saved, path=checkpoint), saved["preprocess"]
     scan = data.read_scan(path, how["axis"])
     volume = data.preprocess(scan.array, scan.spacing, how)
-    probability = predict.predict_volume(net, volume, size=how["size"], smooth=how["smooth"])
+    probability = predict.predict_volume(net, volume, size=how["size"])
     size = np.array((1, *how["size"])[-3:])  # (D, H, W), one slice in 2D
     centre = [probability.sum(axis=axes).argmax() for axes in ((1, 2), (0, 2), (0, 1))]
     starts = np.clip(centre - size // 2, 0, np.maximum(volume.shape - size, 0))
