@@ -133,18 +133,16 @@ def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None 
 
     A window of `size`, the (H, W) or (D, H, W) of training, moves over the volume: a network sees the padding at the
     border of its input, and loses Dice where it is given other sizes than it was trained on. A smaller volume is padded
-    to it as it was there, and cropped back. Without a size the volume is one window. In 2D `batch_size` slices go
-    through the network at a time; as it sees each alone, neighbours are then averaged by a Gaussian of `smooth` slices
-    deviation.
+    to it as it was there, and cropped back. Without a size the volume is one window. `batch_size` slices or
+    windows go through the network at a time. In 2D it sees each slice alone; neighbours are then averaged by a Gaussian
+    of `smooth` slices deviation.
     """
     size = tuple(size or volume.shape[-net.dims :])
     window = size if net.dims == 3 else (len(volume), *size)
 
     def answer(windows: np.ndarray) -> np.ndarray:  # (N, D, H, W)
-        if net.dims == 3:
-            return predict_batch(net, windows, precision)
-        slices = windows.reshape(-1, *size)
-        batches = np.array_split(slices, math.ceil(len(slices) / batch_size))
+        images = windows.reshape(-1, *size)
+        batches = np.array_split(images, math.ceil(len(images) / batch_size))
         return np.concatenate([predict_batch(net, batch, precision) for batch in batches]).reshape(windows.shape)
 
     probability = sliding_window(answer, crop_or_pad(volume, np.maximum(volume.shape, window)), window)
@@ -269,9 +267,8 @@ def predict(args: argparse.Namespace) -> list[dict]:
               "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
     targets = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
-    ours = {path.resolve() for path in targets.values()} & {path.resolve() for path in files}
-    require(not ours, f"{data.listed(sorted(map(str, ours)))}: the mask would overwrite a scan or a label; choose "
-            "another --out")
+    lost = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in targets.values()}
+    require(not lost, f"{data.listed(sorted(lost))}: a mask would overwrite a scan or a label; choose another --out")
     for path in files:  # All are looked at before the first mask is written.
         data.open_nifti(path)
 
@@ -303,7 +300,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--labels", metavar="DIR", help="label files of the same names: scores.csv and a summary")
     add("--held-out", action="store_true", help="only the scans that the run kept for validation")
     add("--largest-component", action="store_true", help="keep the largest connected part only")
-    add("--batch-size", type=int, default=16, metavar="N", help="slices at a time, in 2D (default: 16)")
+    add("--batch-size", type=int, default=16, metavar="N", help="slices, in 3D patches, at a time (default: 16)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: a GPU where there is one)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="of the network's arithmetic (default: bf16 where the hardware has it)")

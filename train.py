@@ -147,7 +147,7 @@ def fit_loop(run: Run) -> None:
         # -- log ------------------------------------------------------------------------ on_train_epoch_end
         write_log(run, log, rows, writer)
     if run.rank == 0:
-        with only_warn("TensorBoard"):
+        with only_warn():
             writer.close()                                                              # teardown
 
 
@@ -374,12 +374,12 @@ def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], s
 
 
 @contextlib.contextmanager
-def only_warn(what: str) -> Iterator[None]:
+def only_warn() -> Iterator[None]:
     """Let the training go on where a picture or a log cannot be written: the weights are safe already."""
     try:
         yield
     except (OSError, DataError) as error:
-        warnings.warn(f"{what}: {error}; the training goes on", stacklevel=3)
+        warnings.warn(f"log or picture: {error}; the training goes on", stacklevel=3)
 
 
 def write_log(run: Run, log: list[dict], rows: list[dict], writer: SummaryWriter) -> None:
@@ -395,17 +395,14 @@ def write_log(run: Run, log: list[dict], rows: list[dict], writer: SummaryWriter
     if epoch < run.args.epochs:
         parts.append(time_left((run.args.epochs - epoch) * seconds))
     say("  ".join(parts))
-    with only_warn("log"):
+    with only_warn():
         data.write_csv(run.out / "log.csv", [{"epoch": n, **row} for n, row in enumerate(log, start=1)])
-    if rows:
-        figure = draw_panels(rows[:4], run.recipe["preprocess"]["axis"])
-        with only_warn("picture"):
-            visualize.save(figure, run.out / "validation.png")
-    with only_warn("TensorBoard"):
         for name, value in row.items():
             writer.add_scalar(name, value, epoch)
         if rows:
+            figure = draw_panels(rows[:4], run.recipe["preprocess"]["axis"])
             writer.add_image("validation", visualize.rgb(figure), epoch, dataformats="HWC")
+            visualize.save(figure, run.out / "validation.png")
         writer.flush()
 
 
@@ -516,16 +513,16 @@ def share_cores(args: argparse.Namespace, device: torch.device) -> int:
 
     On a CPU threads that wait for one which a worker keeps from its core lose more than they bring: on two cores a step
     of the default took 119 ms without workers, 77 with one worker and one thread, 113 with one worker and two threads.
-    In 3D a step outweighs its samples, and all cores take part: 362 with one thread, 277 with two and a worker that
-    gives way to them (see `start_worker`). A GPU needs no threads, and as many workers as can be had: a core augments
-    about 350 slices a second.
+    In 3D a step outweighs its samples, and all cores take part: 362 with one thread, 300 with two threads and a worker
+    that gives way to them (see `start_worker`), 270 with two such workers. A GPU needs no threads, and as many workers
+    as can be had: a core augments about 350 slices a second.
     """
     cores = max(data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     workers = args.workers
     if workers is None and device.type != "cpu":
         workers = min(cores - 1, 32)
     elif workers is None:
-        workers = cores // 2 if args.dims == 2 else min(cores - 1, 1 + cores // 8)
+        workers = cores // 2 if args.dims == 2 or cores == 1 else min(cores, 8)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores if args.dims == 3 else max(cores - workers, 1))
     return workers
@@ -649,29 +646,21 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
 
 
 def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
-    """Make the run folder, with args.json in it, a list of one entry for each time that the run was started.
+    """Make the run folder, with the arguments of this start: args.json, and where a run goes on args-2.json and so on.
 
-    Of two new runs at once, one gets the folder and the other is refused; with --resume nothing tells them apart.
+    Of two new runs at once, one gets the folder and the other is refused.
     """
     out = Path(args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
-    starts, entry = out / "args.json", vars(args) | {"machine": machine}
-    taken = DataError(f"{out}: holds a run; add --resume to go on with it, or choose another --out")
+    taken = f"{out}: holds a run; add --resume to go on with it, or choose another --out"
     with data.one_line(out):
         out.mkdir(parents=True, exist_ok=True)
-        if args.resume and starts.exists():
-            try:
-                entries = list(json.loads(starts.read_text()))
-            except ValueError:
-                raise DataError(f"{starts}: damaged; delete it to go on without the record of earlier starts") from None
-            data.write_atomically(starts, json.dumps([*entries, entry], indent=1).encode())
-            return out
-        if any(out.glob("*.pt")) and not args.resume:
-            raise taken
+        starts = len(list(out.glob("args*.json")))
+        require(args.resume or not (starts or any(out.glob("*.pt"))), taken)
         try:
-            with open(starts, "x") as file:
-                json.dump([entry], file, indent=1)
+            with open(out / (f"args-{starts + 1}.json" if starts else "args.json"), "x") as file:
+                json.dump(vars(args) | {"machine": machine}, file, indent=1)
         except FileExistsError:
-            raise taken from None
+            raise DataError(taken) from None
     return out
 
 
@@ -784,6 +773,7 @@ def train(args: argparse.Namespace) -> dict:
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):                  # Trainer(benchmark=)
             run = prepare(args)
+            pairs = {pair.name: pair for pair in data.find_pairs(args.data)}  # now: a file may be gone in the end
             if not run.saved or len(run.saved["log"]) < args.epochs:
                 with data.one_line(run.out):
                     engine(run)
@@ -797,13 +787,13 @@ def train(args: argparse.Namespace) -> dict:
     if run.rank > 0:
         return {}
     result = predict.load_checkpoint(run.out / "last.pt") | {"out": str(run.out)}
-    with only_warn("picture"):
+    with only_warn():
         visualize.save(visualize.curves(result["log"]), run.out / "curves.png")
-    say(closing(args, result, time.perf_counter() - started))
+    say(closing(args, pairs, result, time.perf_counter() - started))
     return result
 
 
-def closing(args: argparse.Namespace, result: dict, seconds: float) -> str:
+def closing(args: argparse.Namespace, pairs: dict[str, data.Pair], result: dict, seconds: float) -> str:
     """The last lines of a run: what it reached, where it lies, and the commands to go on with."""
     out, scans, dices = result["out"], result["scans"], [row["val/dice"] for row in result["log"]]
     lines = [f"{seconds / 60:.1f} minutes; checkpoints, log.csv, validation.png and curves.png in {out}", "next:"]
@@ -812,8 +802,7 @@ def closing(args: argparse.Namespace, result: dict, seconds: float) -> str:
         lines = [predict.summarise([{"name": name, "dice": value} for name, value in scans.items()]),
                  f"last.pt: Dice {dices[-1]:.4f} after the last epoch; {best}", *lines]
     name = min(scans, key=scans.get) if scans else result["split"]["train"][0]  # the worst says the most
-    pair = next(pair for pair in data.find_pairs(args.data) if pair.name == name)
-    mask = Path(out, "masks", f"{name}.nii.gz")
+    pair, mask = pairs[name], Path(out, "masks", f"{name}.nii.gz")
     commands = [
         ["predict.py", args.data, "--checkpoint", f"{out}/last.pt", "--out", mask.parent,
          "--labels", pair.label.parent],
