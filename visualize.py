@@ -35,7 +35,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -95,11 +94,11 @@ def overlay_masks(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarra
 def mark(picture: np.ndarray, letters: str, title: str = "") -> np.ndarray:
     """RGB with `letters` at its top, bottom, left and right, and a title in a corner: white on a dark rim."""
     image, (height, width) = Image.fromarray(picture), picture.shape[:2]
-    places = {"la": (4, 2), "ma": (width / 2, 2), "md": (width / 2, height - 2), "lm": (4, height / 2),
-              "rm": (width - 4, height / 2)}
-    for word, (anchor, place) in zip((title, *letters), places.items(), strict=False):
-        style = {"anchor": anchor, "font_size": 13 if height > 80 else 9, "stroke_width": 2, "stroke_fill": "black"}
-        ImageDraw.Draw(image).text(place, word, "white", **style)
+    pen, size = ImageDraw.Draw(image), 13 if height > 80 else 9
+    places = {"ma": (width / 2, 2), "md": (width / 2, height - 2), "lm": (4, height / 2), "rm": (width - 4, height / 2),
+              "la": (4, 2)}
+    for word, (anchor, place) in zip((*letters, title), places.items(), strict=True):
+        pen.text(place, word, "white", anchor=anchor, font_size=size, stroke_width=2, stroke_fill="black")
     return np.array(image)
 
 
@@ -110,50 +109,49 @@ def draw_cross(rgb: np.ndarray, y: int, x: int) -> None:
         rgb[np.arange(len(rgb)) // 3 % 4 == part, x] = shade
 
 
-def render_slice(volumes: Sequence, n: int, zoom: Sequence[float], axis: int = 0, cross: Sequence | None = None):
+def render_slice(volumes: Sequence, n: int, zoom: Sequence[float], axis: int = 0) -> np.ndarray:
     """Slice `n` across an axis, as RGB.
 
     Args:
         volumes: the greys, uint8 (D, H, W), and the masks, bool (D, H, W).
         zoom: pixels per voxel along (D, H, W).
-        axis: 0 is the slices' own; across 1 and 2 the first slice is drawn below, so that the patient's head is up.
-        cross: the voxel (D, H, W) in which the other planes cut this one.
+        axis: 0 is the slices' own.
     """
-    picture, *masks = (volume.take(n, axis)[:: -1 if axis else 1] for volume in volumes)
-    scale = np.delete(zoom, axis)
-    size = np.multiply(picture.shape, scale).round().astype(int).clip(1)[::-1]
+    picture, *masks = (volume.take(n, axis) for volume in volumes)
+    size = np.multiply(picture.shape, np.delete(zoom, axis)).round().astype(int).clip(1)[::-1]
     # The scan is interpolated, a mask is not: one wants to see which voxels it holds.
     grey = np.array(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
     masks = [np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
-    rgb = overlay_masks(grey, masks)
-    if cross is not None:
-        y, x = np.delete(cross, axis)
-        y = len(picture) - 1 - y if axis else y
-        draw_cross(rgb, *((np.array([y, x]) + 0.5) * scale).astype(int))
-    return rgb
+    return overlay_masks(grey, masks)
 
 
-def text_row(width: int, words: Sequence[str], colours: Sequence = (), apart: float = np.inf) -> np.ndarray:
-    """Words side by side, RGB (22, width, 3) on black: spread over the whole width, or `apart` pixels apart."""
+def colour(values: np.ndarray, colours: str = "viridis") -> np.ndarray:
+    """Values from 0 to 1, or uint8, as RGB: from blue to yellow."""
+    return colormaps[colours](values, bytes=True)[..., :3]
+
+
+def text_row(width: int, words: Sequence[str], colours: Sequence = ()) -> np.ndarray:
+    """Words side by side, spread over the width, as RGB (22, width, 3) on black."""
     image = Image.new("RGB", (width, 22))
     for n, (word, colour) in enumerate(zip_longest(words, colours, fillvalue="white")):
-        x = width / 2 + (n + 0.5 - len(words) / 2) * min(apart, width / len(words))
-        ImageDraw.Draw(image).text((x, 11), word, colour, anchor="mm", font_size=13)
+        ImageDraw.Draw(image).text(((n + 0.5) * width / len(words), 11), word, colour, anchor="mm", font_size=13)
     return np.array(image)
 
 
 def colour_row(width: int, count: int) -> list[np.ndarray]:
     """What the colours of `count` masks mean, as one row or none; in full words where they fit."""
     words = {WORDS.get(name, name) if width >= 550 else name: colour for name, colour in legend(count).items()}
-    return [text_row(width, [*words], words.values(), 200)] if words else []
+    return [text_row(width, [*words], words.values())] if words else []
 
 
-def footer(width: int, count: int, caption: str, zoom: float) -> np.ndarray:
-    """What goes below a picture of `zoom` pixels per mm: caption and scale bar, and what the colours mean."""
+def framed(picture: np.ndarray, masks: Sequence, zoom: float, caption: str, name: str = "") -> np.ndarray:
+    """A picture of `zoom` pixels per mm, the scan's name above it; below a caption, a scale bar, what colours mean."""
+    width = picture.shape[1]
     bar = max((mm for mm in (1, 10, 50) if mm * zoom < width / 3), default=1)  # 1 is for toys
-    row, left = text_row(width, [caption, f"{bar} mm"]), round(0.75 * width - bar * zoom / 2)
-    row[-3:-1, left : left + round(bar * zoom)] = 255
-    return np.concatenate([row, *colour_row(width, count)])
+    below, left = text_row(width, [caption, f"{bar} mm"]), round(0.75 * width - bar * zoom / 2)
+    below[-3:-1, left : left + round(bar * zoom)] = 255
+    above = [text_row(width, [headline(name, masks)])] if name else []
+    return np.concatenate([*above, picture, below, *colour_row(width, len(masks))])
 
 
 # ------------------------------------------------------------------------------------------------- figures and frames
@@ -196,18 +194,11 @@ def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def to_figure(*pictures: np.ndarray) -> Figure:
-    """RGB pictures one below the other as a Figure, pixel for pixel: ten times as fast as axes for each of them."""
-    width = max(picture.shape[1] for picture in pictures)
-    picture = np.concatenate([centred(picture, width) for picture in pictures])
-    figure = NotebookFigure((width / 100, len(picture) / 100), dpi=100)
+    """RGB pictures of one width one below the other, pixel for pixel: ten times as fast as axes for each of them."""
+    picture = np.concatenate(pictures)
+    figure = NotebookFigure((picture.shape[1] / 100, len(picture) / 100), dpi=100)
     figure.add_axes((0, 0, 1, 1), xticks=(), yticks=(), frame_on=False).imshow(picture, aspect="auto")
     return figure
-
-
-def titled(picture: np.ndarray, name: str, masks: Sequence[np.ndarray], caption: str, zoom: float) -> Figure:
-    """A picture with the scan's name and Dice above it, caption, scale bar and colours below."""
-    width = picture.shape[1]
-    return to_figure(text_row(width, [headline(name, masks)]), picture, footer(width, len(masks), caption, zoom))
 
 
 def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, titles: Sequence[str] = (),
@@ -226,30 +217,27 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
         ValueError: shapes that differ, or predictions that are not from 0 to 1, logits for instance.
     """
     predictions = np.nan_to_num(np.float32(predictions))
-    shapes, low, high = {*map(np.shape, (images, truths, predictions))}, predictions.min(), predictions.max()
-    if len(shapes) > 1 or predictions.ndim != 3 or low < 0 or high > 1:
-        raise ValueError(f"found {shapes}, values {low:g} to {high:g}; expected one (N, H, W), and 0 to 1: the sigmoid")
-    greys, truths, masks = np.array([grey(image) for image in images]), np.not_equal(truths, 0), predictions > 0.5
-    levels = np.uint8(255 * predictions)
-    zoom = [(WIDTH // 5 - 4) / predictions.shape[2]] * 3
-    rows = [text_row(WIDTH, ["scan", "truth", "probability", "prediction", "error"])]
-    for n, title in zip_longest(range(len(greys)), titles):
+    if predictions.min() < 0 or predictions.max() > 1:
+        raise ValueError(f"predictions {predictions.min():g} to {predictions.max():g}; expected 0 to 1: the sigmoid")
+    truths, masks = as_bool_masks(images, [truths, predictions > 0.5])
+    greys, levels, width = np.array([grey(image) for image in images]), np.uint8(255 * predictions), WIDTH // 5
+    zoom = [(width - 4) / greys.shape[2]] * 3
+    rows = [text_row(5 * width, ["scan", "truth", "probability", "prediction", "error"])]
+    for n, title in zip_longest(range(len(greys)), titles, fillvalue=""):
         cells = [render_slice([greys, *shown], n, zoom) for shown in ([], [truths], [masks], [masks, truths])]
-        # The probability from dark blue, 0, to yellow, 1.
-        cells.insert(2, colormaps["cividis"](render_slice([levels], n, zoom)[..., 0], bytes=True)[..., :3])
-        rows += [text_row(WIDTH, [title])] if title else []
-        rows.append(tile([mark(cell, LETTERS[axis]) for cell in cells], 5))
-    return to_figure(*rows, *colour_row(WIDTH, 2))
+        cells.insert(2, colour(render_slice([levels], n, zoom)[..., 0], "cividis"))
+        rows += [text_row(5 * width, [title]), tile([mark(cell, LETTERS[axis]) for cell in cells], 5)]
+    return to_figure(*rows, *colour_row(5 * width, 2))
 
 
 def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int | None = 8, name: str = "scan",
             axis: int = 2) -> Figure:
-    """`count` slices with the masks over them, spread evenly over those with foreground; None: all slices of the scan.
+    """`count` slices with the masks over them, spread evenly over those with foreground; 0 or None: all of the scan.
 
     Below a slice stands its number, from 1. Without foreground the slices are spread over the whole scan.
     """
     masks, slices = as_bool_masks(scan, masks), np.arange(len(scan))
-    if count is not None and count < len(scan):
+    if count and 0 < count < len(scan):
         with_foreground = np.flatnonzero(np.any([mask.any(axis=(1, 2)) for mask in masks], axis=0))
         slices = with_foreground if len(with_foreground) else slices
         slices = slices[np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))]
@@ -259,21 +247,23 @@ def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: 
     for n in slices:
         cell = mark(render_slice(volumes, n, scale), LETTERS[axis])
         cells.append(np.concatenate([cell, text_row(cell.shape[1], [f"{n + 1} / {len(scan)}"])]))
-    return titled(tile(cells, columns), name, masks, f"{len(slices)} of {len(scan)} slices", zoom)
+    return to_figure(framed(tile(cells, columns), masks, zoom, f"{len(slices)} of {len(scan)} slices", name))
 
 
 def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "scan") -> Figure:
     """An axial, a coronal and a sagittal slice of an axial scan, in one scale, through the middle of the masks."""
-    masks = as_bool_masks(scan, masks)
+    # Feet first: so the head is up where slices are rows.
+    volumes = [volume[::-1] for volume in (grey(scan), *as_bool_masks(scan, masks))]
     # The little that is added makes it the middle of the scan where there is no foreground.
-    centre = [round(place) for place in ndimage.center_of_mass(sum(masks, np.full(scan.shape, 1e-9)))]
+    centre = np.round(ndimage.center_of_mass(sum(volumes[1:], np.full(scan.shape, 1e-9)))).astype(int)
     zoom = (WIDTH // 2 - 6) / max(np.multiply(scan.shape, spacing)[1:])  # pixels per mm
-    volumes, scale, cells = [grey(scan), *masks], np.multiply(spacing, zoom), []
+    numbers, scale, cells = [len(scan) - centre[0], *centre[1:] + 1], np.multiply(spacing, zoom), []
     for axis, plane in enumerate(("axial", "coronal", "sagittal")):
-        cell = render_slice(volumes, centre[axis], scale, axis, cross=centre)
-        cells.append(mark(cell, LETTERS[2 - axis], f"{plane} {centre[axis] + 1} / {scan.shape[axis]}"))
-    both = tile([cells[0], tile(cells[1:], 1)], 2)
-    return titled(both, name, masks, "through the middle of the masks", zoom)
+        cell = render_slice(volumes, centre[axis], scale, axis)
+        draw_cross(cell, *np.delete((centre + 0.5) * scale, axis).astype(int))
+        cells.append(mark(cell, LETTERS[2 - axis], f"{plane} {numbers[axis]} / {scan.shape[axis]}"))
+    picture = tile([cells[0], tile(cells[1:], 1)], 2)
+    return to_figure(framed(picture, volumes[1:], zoom, "through the middle of the masks", name))
 
 
 def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: Sequence[float] = (1, 1),
@@ -291,22 +281,20 @@ def augmented(image: np.ndarray, mask: np.ndarray, augment: Callable, spacing: S
     volumes = [grey(images), np.not_equal(masks, 0)]
     views = [render_slice(volumes, n, zoom) for n in range(25)]
     views[0] = mark(views[0], LETTERS[axis], "original")  # The others are turned: no letter would be right.
-    return to_figure(text_row(WIDTH, ["the original, then 24 augmentations of it"]), tile(views, 5))
+    return to_figure(text_row(WIDTH // 5 * 5, ["the original, then 24 augmentations of it"]), tile(views, 5))
 
 
 # ------------------------------------------------------------------------------------------------------------- movies
 
 
-def movie(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], size: int = 320,
-          axis: int = 2) -> list[np.ndarray]:
+def movie(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], size: int = 320, axis: int = 2) -> list:
     """A frame for each slice, with the masks over it; `size` is the longer side of the slice, in pixels."""
     volumes = [grey(scan), *as_bool_masks(scan, masks)]
     zoom = size / max(np.multiply(scan.shape, spacing)[1:])  # pixels per mm
+    slices = [render_slice(volumes, n, np.multiply(spacing, zoom)) for n in range(len(scan))]
     # A caption needs 200 pixels.
-    slices = [mark(render_slice(volumes, n, np.multiply(spacing, zoom)), LETTERS[axis]) for n in range(len(scan))]
-    slices = [centred(picture, 200) for picture in slices]
-    captions = [footer(slices[0].shape[1], len(masks), f"slice {n + 1} / {len(scan)}", zoom) for n in range(len(scan))]
-    return [np.concatenate(pictures) for pictures in zip(slices, captions, strict=True)]
+    slices = [centred(mark(picture, LETTERS[axis]), 200) for picture in slices]
+    return [framed(slices[n], masks, zoom, f"slice {n + 1} / {len(scan)}") for n in range(len(scan))]
 
 
 def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "scan") -> str:
@@ -325,15 +313,14 @@ def player(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[floa
         "shape": volumes.shape[1:], "whole": scan.shape, "step": [1, step, step],
         "spacing": list(map(float, spacing)), "letters": LETTERS[::-1],
         "masks": {"prediction": MASKS[0], "truth": MASKS[2]} if two else legend(len(masks)),
-        "errors": ERRORS if two else {},
+        "errors": ERRORS if two else {}, "fill": FILL,
         # Voxels of each mask, and of both of two, in each slice across each axis.
         "counts": [[mask.sum(axis=others).tolist() for mask in counted] for others in ((1, 2), (0, 2), (0, 1))],
-        "fill": FILL,
         "voxels": base64.b64encode(zlib.compress(volumes.tobytes(), 9)).decode(),
     }
     page = Path(__file__).with_name("player.html").read_text(encoding="utf-8")
-    told = json.dumps(content).replace("<", "\\u003c")  # The name of a file is text, never a tag that ends the script.
-    return page.replace("/* visualize.py writes the scan here */ null", told)
+    # The name of a file is text, never a tag that ends the script.
+    return page.replace("/* visualize.py writes the scan here */ null", json.dumps(content).replace("<", "\\u003c"))
 
 
 # ------------------------------------------------------------------------------------------------ what the network sees
@@ -364,79 +351,41 @@ def features(net, image: np.ndarray) -> dict[str, np.ndarray]:
     return {name: (maps[0] if net.dims == 2 else maps[0, :, maps.shape[2] // 2]).numpy() for name, maps in seen.items()}
 
 
-def tile_channels(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The eight channels of (C, H, W) that vary most, each in its own range and of `size` (x, y) pixels, as RGB."""
-    shown = sorted(maps, key=np.std)[:-9:-1]
-    shown = [colormaps["viridis"]((m - m.min()) / max(np.ptp(m), 1e-9), bytes=True)[..., :3] for m in shown]
-    return tile([np.array(Image.fromarray(m).resize(size, Image.Resampling.NEAREST)) for m in shown], 4)
-
-
 def layers(net, image: np.ndarray, axis: int = 2) -> Figure:
     """The `features` of a network laid out as the U: eight channels a level, attention gates on the skips.
 
-    It takes the memory that one forward pass of `image` takes: of a large scan give a slice, or a patch.
+    The eight are those that vary most, each in its own range. It takes the memory that one forward pass of `image`
+    takes: of a large scan give a slice, or a patch.
     """
-    seen, size = features(net, image), (64, round(64 * image.shape[-2] / image.shape[-1]))
-    rows = [[f"down {n}", f"gate {n}", f"up {n}"] for n in range(1, len(net.down) + 1)]
-    rows = [["slice", ".", "probability"], *rows, [".", "bottom", "."]]
-    figure = NotebookFigure((9, len(rows) * (2 * size[1] + 50) / 100), dpi=100)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.16 / len(rows), wspace=0.14, hspace=25 / size[1])
-    parts = figure.subplot_mosaic(rows, subplot_kw={"frame_on": False, "xticks": (), "yticks": ()})
-    blocks = f": blocks of {net.stem} voxels a side enter as channels" if net.stem > 1 else ""
-    seen["slice"] = grey(seen["slice"])
-    for name, maps in seen.items():
+    size = np.array([64, round(64 * image.shape[-2] / image.shape[-1])])  # of a channel, x and y
+    levels = range(1, len(net.down) + 1)
+    parts = {f"gate {n}": text_row(272, ["------------  skip  ----------->"]) for n in levels}
+    for name, maps in features(net, image).items():
         if name.startswith(("down", "bottom", "up")):
             title = "{}: {} of {} channels, {} x {}".format(name, min(8, len(maps)), *maps.shape)
-            picture = tile_channels(maps, size)
+            shown = [colour((m - m.min()) / max(np.ptp(m), 1e-9)) for m in sorted(maps, key=np.std)[:-9:-1]]
+            picture = tile([np.array(Image.fromarray(m).resize(size, Image.Resampling.NEAREST)) for m in shown], 4)
         else:
-            title = f"{name}, 0 (blue) to 1 (yellow)" if name != "slice" else f"slice{blocks}"
-            picture = colormaps["viridis" if name != "slice" else "gray"](maps[0], bytes=True)[..., :3]
-            picture = mark(np.array(Image.fromarray(picture).resize(np.multiply(size, 2))), LETTERS[axis])
-        parts[name].imshow(picture)
-        parts[name].set_title(title, fontsize=8)
-
-    def arrow(start, end, gaps=(3, 3), bend="arc3"):  # from border to border; a gap leaves room for a title
-        style = {"arrowstyle": "-|>", "color": RUNS[0], "linewidth": 1.5, "connectionstyle": bend,
-                 "patchA": parts[start].patch, "patchB": parts[end].patch, "shrinkA": gaps[0], "shrinkB": gaps[1]}
-        # Of the axes where it starts: a gate, drawn later, lies on it.
-        parts[start].annotate("", (0.5, 0.5), (0.5, 0.5), parts[end].transAxes, parts[start].transAxes, style)
-
-    for (above, _, above_right), (left, _, right) in zip(rows[:-2], rows[1:-1], strict=True):
-        arrow(above, left, (3, 17))
-        arrow(left, right)
-        arrow(right, above_right, (17, 3))
-        parts[left].text(1.05, 0.53, "skip", fontsize=8, color=RUNS[0], transform=parts[left].transAxes)
-    arrow(rows[-2][0], "bottom", bend="angle,angleA=90,angleB=0")
-    arrow("bottom", rows[-2][2], bend="angle,angleA=0,angleB=90")
-    return figure
+            title = "slice" if name == "slice" else f"{name}, 0 (blue) to 1 (yellow)"
+            title = title.replace("gate", "skip, times gate")
+            picture = overlay_masks(grey(maps[0]), []) if name == "slice" else colour(maps[0])
+            picture = mark(np.array(Image.fromarray(picture).resize(2 * size)), LETTERS[axis])
+        parts[name] = np.concatenate([text_row(272, [title]), centred(picture, 272)])
+    rows = [["slice", "", "probability"], *([f"down {n}", f"gate {n}", f"up {n}"] for n in levels), ["", "bottom", ""]]
+    return to_figure(tile([parts.get(name, text_row(272, [])) for row in rows for name in row], 3))
 
 
 # ----------------------------------------------------------------------------------------------------- training curves
 
-CURVES = {  # title of a panel, and the columns of log.csv in it
-    "training loss": ["train/loss"], "Dice on the validation scans": ["val/dice"],
-    "Dice of its worst scan": ["val/dice_worst"], "learning rate": ["train/lr"], "gradient norm": ["train/grad_norm"],
-    "called organ (dashed: truth)": ["val/foreground_prediction", "val/foreground_truth"],
-}
-
-
-def read_log(run: str | Path) -> list[dict[str, float]]:
-    """The rows of log.csv in a run's folder, NaN where there is no value."""
-    with open(Path(run, "log.csv"), newline="") as file:
-        return [{name: float(text or "nan") for name, text in row.items()} for row in csv.DictReader(file)]
-
-
-def column(log: Sequence[dict], name: str) -> np.ndarray:
-    """A column of a log, NaN where there is no value."""
-    return np.array([row.get(name, np.nan) for row in log], float)
+CURVES = {"training loss": "train/loss", "Dice on the validation scans": "val/dice",
+          "Dice of its worst scan": "val/dice_worst", "learning rate": "train/lr"}  # title and column of log.csv
 
 
 def fit_to_dice(axes) -> None:
     """Limits that show 0.90 from 0.91: the poor first epochs, a quarter at most, may lie below the picture."""
     values = np.concatenate([line.get_ydata() for line in axes.lines])
-    values = values[np.isfinite(values)]
-    if len(values):
-        low, high = np.quantile(values, 0.25), values.max()
+    if np.isfinite(values).any():
+        low, high = np.nanquantile(values, 0.25), np.nanmax(values)
         room = max(high - low, 0.02)
         axes.set_ylim(max(low - room, 0), high + room / 2)
 
@@ -444,27 +393,23 @@ def fit_to_dice(axes) -> None:
 def curves(*logs: Sequence[dict[str, float]], names: Sequence[str] = ()) -> Figure:
     """What tells whether a run goes well, epoch by epoch (from 1), for one or more runs.
 
-    A log is the rows of a log.csv; a value that it lacks is left out of the picture. The band around the mean Dice is
-    one standard deviation over the scans, the star its best epoch. `names` tell several runs apart.
+    A log is the rows of a log.csv; a value that it lacks is left out of the picture. The star is the best epoch.
+    `names` tell several runs apart.
     """
     figure = NotebookFigure((WIDTH / 100, 5.3), dpi=100, layout="constrained")
-    for axes, (title, columns) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+    for axes, (title, column) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         # The first run is the widest line: it is seen where the others lie on it.
         for log, colour, width in zip(logs, cycle(RUNS), np.linspace(1.5, 4, len(logs))[::-1], strict=False):
-            epochs = np.arange(1, len(log) + 1)
-            for name, style in zip(columns, ("-", "--"), strict=False):
-                axes.plot(epochs, column(log, name), style, marker=".", color=colour, linewidth=width)
-            mean, spread = column(log, "val/dice"), column(log, "val/dice_std")
-            if columns == ["val/dice"] and np.isfinite(mean).any():
-                axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-                best = np.nanargmax(mean)
-                axes.plot(epochs[best], mean[best], "*", color=colour, markersize=12)
-                axes.annotate(f"{mean[best]:.3f}", (epochs[best], mean[best]), (0, 7), textcoords="offset points",
-                              horizontalalignment="right", color=colour)
+            epochs = np.arange(1, len(log) + 1)  # There is no epoch 0.
+            values = np.array([row.get(column, np.nan) for row in log], float)
+            axes.plot(epochs, values, marker=".", color=colour, linewidth=width)
+            if column == "val/dice" and np.isfinite(values).any():
+                best = np.nanargmax(values)
+                axes.plot(epochs[best], values[best], "*", color=colour, markersize=12)
+                axes.text(epochs[best], values[best], f"{values[best]:.3f}\n", color=colour, ha="right", va="baseline")
         axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-        axes.set_title(title, fontsize=10)
-        axes.set(xlabel="epoch", xlim=(0.5, None), ylim=(0, None))  # There is no epoch 0.
+        axes.set(title=title, xlabel="epoch", xlim=(0.5, None), ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(nbins=7, integer=True, min_n_ticks=1)
         if "Dice" in title:
             fit_to_dice(axes)
     if names:
@@ -483,9 +428,8 @@ def write(path: str | Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except OSError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: {error.strerror}") from None
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -512,12 +456,24 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, seconds_per_frame: 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+def read_log(run: str | Path) -> list[dict[str, float]]:
+    """The rows of log.csv in a run's folder, NaN where there is no value."""
+    import data  # The command line reads files as the training does; the functions above need no other file.
+
+    path = Path(run, "log.csv")
+    try:
+        with open(path, newline="") as file:
+            return [{name: float(text or "nan") for name, text in row.items()} for row in csv.DictReader(file)]
+    except (ValueError, TypeError):  # A spreadsheet puts semicolons between the columns.
+        raise data.DataError(f"{path}: no table of numbers as train.py writes it") from None
+
+
 def fullest_slice(checkpoint: str, path: str) -> tuple:
     """The network of a checkpoint, and the slice (1, H, W), or patch (D, H, W), of a scan about where it sees most.
 
     Slice and patch have the size of the training, so that the memory that `layers` takes does not grow with the scan.
     """
-    import data  # The command line reads files as the training does; the functions above need no other file.
+    import data
     import predict
 
     saved = predict.load_checkpoint(checkpoint)
@@ -531,7 +487,43 @@ def fullest_slice(checkpoint: str, path: str) -> tuple:
     return net, data.crop_or_pad(volume[tuple(map(slice, starts, starts + size))], size), how["axis"]
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def draw(args: argparse.Namespace) -> None:
+    """Read, draw, write, say where. Raises data.DataError for what a user can mend."""
+    import data
+
+    kind, out, files, page = args.picture, args.out, args.files, args.out.endswith(".html")
+    endings = (".gif", ".html") if kind == "movie" else (".png",)
+    data.require(out.endswith(endings), f"--out {out}: {kind} writes {' or '.join(endings)}; name the file so")
+    data.require(len(files) == 2 or kind not in ("layers", "augment"), f"{kind} takes two files, found {len(files)}")
+    data.require(len(files) <= 9 or not page, f"found {len(files) - 1} masks; a player shows 0 to 8")
+    with data.one_line(out):
+        if kind == "curves":
+            save(curves(*map(read_log, files), names=files), out)
+        elif kind == "layers":
+            save(layers(*fullest_slice(*files)), out)
+        else:
+            # The three planes, of the picture and of the player, are cut out of the axial volume.
+            axis = 2 if page or kind == "planes" else args.axis
+            scan, name = data.read_scan(files[0], axis), Path(files[0]).name
+            masks = [data.read_mask(path, scan, args.label if path is files[-1] else None) for path in files[1:]]
+            content = scan.array, masks, scan.spacing
+            if page:
+                write(out, player(*content, name).encode())
+            elif kind == "movie":
+                save_gif(movie(*content, axis=axis), out)
+            elif kind == "planes":
+                save(planes(*content, name), out)
+            elif kind == "overlay":
+                save(overlay(*content, args.count, name, axis), out)
+            else:
+                n, image = masks[0].sum(axis=(1, 2)).argmax(), (scan.array - scan.array.mean()) / scan.array.std()
+                save(augmented(image[n], masks[0][n], data.augmenter("full"), scan.spacing[1:], axis), out)
+    print(out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import data
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("picture", choices=("overlay", "planes", "movie", "layers", "curves", "augment"))
@@ -540,63 +532,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--axis", type=int, choices=(0, 1, 2), default=2, help="slices: 0 sagittal, 1 coronal, 2 axial (default: 2)")
     add("--label", type=int, nargs="+", metavar="N", help="foreground of the last file (default: all but 0)")
     add("--count", type=int, default=8, metavar="N", help="slices of overlay, 0 for all (default: 8)")
-    add("--kind", choices=("geometry", "full"), default="full", help="what augment may change (default: full)")
-    return parser.parse_args(argv)
-
-
-def make_picture(args: argparse.Namespace) -> None:
-    """Write the picture of a command line. Raises ValueError or OSError for bad input."""
-    endings, html = (".gif", ".html") if args.picture == "movie" else (".png",), args.out.endswith(".html")
-    if not args.out.endswith(endings):
-        raise ValueError(f"--out {args.out}: {args.picture} writes {' or '.join(endings)}; name the file so")
-    if args.picture in ("layers", "augment") and len(args.files) != 2:
-        raise ValueError(f"{args.picture} takes two files, found {len(args.files)}; see --help")
-    if args.out.endswith(".html") and len(args.files) > 9:
-        raise ValueError(f"found {len(args.files) - 1} masks; a player shows 0 to 8")
-    if not 0 <= args.count <= 1000:
-        raise ValueError(f"--count {args.count}: give 1 to 1000 slices, or 0 for all")
-    if args.picture == "curves":
-        return save(curves(*map(read_log, args.files), names=args.files), args.out)
-    if args.picture == "layers":
-        return save(layers(*fullest_slice(*args.files)), args.out)
-    import data
-
-    # The three planes, of the picture and of the player, are cut out of the axial volume.
-    axis = 2 if html or args.picture == "planes" else args.axis
-    scan, name = data.read_scan(args.files[0], axis), Path(args.files[0]).name
-    masks = [data.read_mask(path, scan, args.label if path is args.files[-1] else None) for path in args.files[1:]]
-    content = scan.array, masks, scan.spacing
-    if html:
-        write(args.out, player(*content, name).encode())
-    elif args.picture == "movie":
-        save_gif(movie(*content, axis=axis), args.out)
-    elif args.picture == "planes":
-        save(planes(*content, name), args.out)
-    elif args.picture == "overlay":
-        save(overlay(*content, args.count or None, name, axis), args.out)
-    else:
-        how = {"spacing": [None] * 3, "crop": 0, "normalise": "percentile"}
-        image, n = data.preprocess(scan.array, scan.spacing, how), masks[0].sum(axis=(1, 2)).argmax()
-        augment = data.augmenter(args.kind)
-        save(augmented(np.float32(image[n]), masks[0][n], augment, scan.spacing[1:], axis), args.out)
-
-
-def draw(args: argparse.Namespace) -> None:
-    """The command: write the picture, say where. Raises data.DataError for what a user can mend."""
-    import data
-
-    try:
-        make_picture(args)
-    except (ValueError, OSError, ImportError) as error:
-        raise error if isinstance(error, data.DataError) else data.DataError(str(error)) from None
-    print(args.out)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    import data  # Here, so that the functions above need no other file.
-
-    return data.run_command(draw, args)
+    return data.run_command(draw, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
