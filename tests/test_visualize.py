@@ -121,6 +121,9 @@ def test_planes_cut_through_the_organ_in_one_scale_with_the_head_up():
                                 (sagittal, 2, (0, 14))):
         places = [np.argwhere(where(cut, colour)).mean(axis=0) for colour in (visualize.MASKS[mask], SKY)]
         np.testing.assert_allclose((places[0] - places[1]) / zoom, expected, atol=0.5)  # mm
+    bare = visualize.rgb(visualize.planes(np.zeros(shape, np.float32), [organ], (2, 1, 1)))[22:-44, :452]
+    dashes = [where(bare, (255, 255, 255)).sum(axis).argmax() for axis in (1, 0)]
+    assert dashes == [(900 - 444) // 2 + int(22.5 * zoom), (452 - 333) // 2 + int(12.5 * zoom)]  # through the organ
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "SRA"])
