@@ -73,6 +73,7 @@ def test_compare_shows_scan_truth_probability_prediction_error_from_left_to_righ
     cells = scan, true, predicted, error
     found = [[where(cell, colour).any() for colour in (SKY, YELLOW, VERMILION)] for cell in cells]
     assert found == [[False] * 3, [True, False, False], [True, False, False], [True] * 3]
+    assert not where(predicted, SKY)[130:].any()  # 0.5 is background
     rows = [np.flatnonzero(where(error, colour).any(1)).min() for colour in (YELLOW, SKY, VERMILION)]
     assert rows == sorted(rows)  # the truth lies higher: missed above, correct in the middle, false below
     assert probability[90, 60].sum() > probability[160, 10].sum() > probability[20, 60].sum()  # 0.51, 0.5, 0
@@ -96,8 +97,8 @@ def test_overlay_picks_slices_with_foreground_or_shows_all_numbered():
     scan, mask = noise(12, 48, 64), np.zeros((12, 48, 64), bool)
     scan[0, 0, :3] = np.nan, np.inf, -np.inf
     mask[[4, 5, 6, 10], 20:30, 20:30] = True
-    picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1)))
-    assert all(where(cell, SKY).any() for cell in np.split(picture, 4, axis=1)) and 80 < picture[24:180].mean() < 180
+    picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1)))[22:-44]  # without the legend
+    assert all(where(cell, SKY).any() for cell in np.split(picture, 4, axis=1)) and 80 < picture[2:158].mean() < 180
     visualize.overlay(scan, [0 * mask], (1, 1, 1), count=2)  # an empty mask
     picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1), count=None))
     assert picture.shape == (22 + 2 * (4 + 81 + 22) + 44, 8 * 112, 3)
