@@ -230,14 +230,14 @@ def compare(images: np.ndarray, truths: np.ndarray, predictions: np.ndarray, tit
     return to_figure(*rows, *colour_row(5 * width, 2))
 
 
-def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int | None = 8, name: str = "scan",
+def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: int = 8, name: str = "scan",
             axis: int = 2) -> Figure:
-    """`count` slices with the masks over them, spread evenly over those with foreground; 0 or None: all of the scan.
+    """`count` slices with the masks over them, spread evenly over those with foreground; 0: all slices of the scan.
 
     Below a slice stands its number, from 1. Without foreground the slices are spread over the whole scan.
     """
     masks, slices = as_bool_masks(scan, masks), np.arange(len(scan))
-    if count and 0 < count < len(scan):
+    if 0 < count < len(scan):
         with_foreground = np.flatnonzero(np.any([mask.any(axis=(1, 2)) for mask in masks], axis=0))
         slices = with_foreground if len(with_foreground) else slices
         slices = slices[np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))]
@@ -428,6 +428,8 @@ def write(path: str | Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # not the temporary name
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -496,6 +498,7 @@ def draw(args: argparse.Namespace) -> None:
     data.require(out.endswith(endings), f"--out {out}: {kind} writes {' or '.join(endings)}; name the file so")
     data.require(len(files) == 2 or kind not in ("layers", "augment"), f"{kind} takes two files, found {len(files)}")
     data.require(len(files) <= 9 or not page, f"found {len(files) - 1} masks; a player shows 0 to 8")
+    data.require(0 <= args.count <= 1000, f"--count {args.count}: give 1 to 1000 slices, or 0 for all")
     with data.one_line(out):
         if kind == "curves":
             save(curves(*map(read_log, files), names=files), out)

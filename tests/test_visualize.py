@@ -100,7 +100,7 @@ def test_overlay_picks_slices_with_foreground_or_shows_all_numbered():
     picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1)))[22:-44]  # without the legend
     assert all(where(cell, SKY).any() for cell in np.split(picture, 4, axis=1)) and 80 < picture[2:158].mean() < 180
     visualize.overlay(scan, [0 * mask], (1, 1, 1), count=2)  # an empty mask
-    picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1), count=None))
+    picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1), count=0))
     assert picture.shape == (22 + 2 * (4 + 81 + 22) + 44, 8 * 112, 3)
     cells = [cell for row in np.split(picture[22:-44], 2) for cell in np.split(row, 8, axis=1)]
     assert [n for n, cell in enumerate(cells) if where(cell, SKY).any()] == [4, 5, 6, 10]
