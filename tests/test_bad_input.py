@@ -52,8 +52,8 @@ COMMANDS = {  # in the folder of the test; the last: what a command says of a so
     "layers": (visualize, f"layers last.pt {SCANS[1]} --out out/a.png", "out/a.png"),
     "show": (visualize, "overlay --out out/a.png", ""),
 }
-ALL, PAIRED = "train, predict, data, overlay", "train, score, data, overlay"
-SETS, NETS = "train, data, predict", "predict, layers"
+ALL, PAIRED = "train, predict, data, overlay", "train, score, data, overlay"  # what reads a scan, and its label,
+SETS, NETS = "train, data, predict", "predict, layers"  # a folder of scans, a checkpoint
 
 
 # ------------------------------------------------------------- plants: what changes the sound set of the current folder
@@ -139,7 +139,7 @@ class Payload:
 
 ZEROS = changed(lambda c: c + gzip.compress(bytes(2**24)) * 60)  # 1 MB that unpacks to 1 GB
 OTHER_SUM = partial(changed, lambda c: c[:-8] + b"1234" + c[-4:])
-NO_SCAN, FOREIGN = remove(SCANS[0]), [put(name) for name in FORMATS]
+NO_SCAN, FOREIGN, DICOM = remove(SCANS[0]), [put(name) for name in FORMATS], bytes(128) + b"DICM"
 
 # ------------------------------------------------------------------------------------------------------------- refused
 
@@ -161,7 +161,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("train, data", "set/imagesTr: x_0000, x_0001: several channels of a patient; of one number only",
      [nifti(f"set/{name}.nii.gz", SCAN) for name in ("imagesTr/x_0000", "imagesTr/x_0001", "labelsTr/x")]),
     # -- damaged files: each is read to its end, wherever it is read
-    (ALL, "a.nii.gz: damaged (CRC check failed); copy it again", OTHER_SUM()),
+    (ALL, "imagesTr/a.nii.gz: damaged (CRC check failed); copy it again", OTHER_SUM()),
     (PAIRED, "labelsTr/a.nii.gz: damaged (CRC check failed); copy it again", OTHER_SUM(LABELS[0])),
     (ALL, "a.nii.gz: damaged (; copy it again", changed(lambda c: c[:900] + bytes([c[900] ^ 4]) + c[901:]),
      changed(lambda c: c[:-1] + b"1"), changed(lambda c: c + b"surplus"), unpacked(lambda c: c + b"1"),
@@ -176,7 +176,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
      header(dim=[3, -16, 12, 6, 1, 1, 1, 1]), header(vox_offset=-1e18)),
     ("show x.nrrd, show x.nhdr, show x.MHA, show x.mhd", "NRRD or MetaImage; 3D Slicer or SimpleITK", FOREIGN),
     ("show x.hdr, show x.img, show x.mgz, show x.mgh", "Analyze or FreeSurfer's; mri_convert", FOREIGN),
-    ("show x.dcm, show IM_01", "DICOM; dcm2niix", [*FOREIGN, put("IM_01", bytes(128) + b"DICM")]),
+    ("show x.dcm, show IM_01", "DICOM; dcm2niix", [*FOREIGN, put("IM_01", DICOM)]),
     ("show x.nii.bz2, show x.nii.xz, show x.nii.zip, show x.nii.zst", "compressed; bunzip2, unxz, unzip or", FOREIGN),
     ("show set", "set: a folder; docs/challenge.md"),
     # -- headers
@@ -215,7 +215,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("train --label 7", "set; foreground; --label [7]"),
     ("data", "labelsTr/a.nii.gz: no voxel is foreground; --label", label(MASK * 0)),
     # -- arguments
-    ("train", "--folds 3: expected", remove(*SCANS[1:], *LABELS[1:])),
+    ("train", "--folds 3: expected", remove(*SCANS[1:], *LABELS[1:])),  # one scan is left
     ("train --fold 3, train --fold -1, train --fold x", "--fold; expected 0 to 2"),
     ("train --folds 4, train --folds 1", "--folds; expected 2 to 3"),
     (", ".join(f"train --spacing {wrong}" for wrong in ("-1", "0", "nan", "inf", "x")), "--spacing"),
@@ -242,8 +242,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     (NETS, "last.pt; checkpoint; train.py", put("last.pt", b"garbage" * 99), changed(lambda c: c[:999], "last.pt"),
      plant(torch.save)({"state_dict": {}}, "last.pt")),  # another program's
     ("predict --checkpoint set/imagesTr/a.nii.gz", "a.nii.gz; checkpoint; train.py"),
-    (NETS, "last.pt; version is 1; train it anew", checkpoint(version=1)),
-    ("predict", "last.pt; version is 99", checkpoint(version=99, split=None)),
+    (NETS, "last.pt: checkpoint version is; train it anew", checkpoint(version=1), checkpoint(version=99, split=None)),
     (NETS, "last.pt; do not fit", checkpoint(network=NETWORK | {"width": 3}),
      checkpoint(network=NETWORK | {"width": 10**6, "depth": 8})),
     (NETS, "last.pt; holds code, posix.mkdir, which was not run: no checkpoint", checkpoint(model=Payload()),
@@ -256,7 +255,7 @@ NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("score, data", "labelsTr/a.nii.gz; 1.0e-05 mm", label(MASK, shifted(1e-5))),
     ("score", "labelsTr/a.nii.gz; rounded", label(MASK * np.float32(1.00002))),
     (SETS, "set/imagesTr: 15 left out; no NIfTI files: IM_01: DICOM; dcm2niix",
-     [*(put(f"set/imagesTr/{name}", bytes(128) + b"DICM") for name in FORMATS), folder("set/imagesTr/folder")]),
+     [*(put(f"set/imagesTr/{name}") for name in FORMATS), put("set/imagesTr/IM_01", DICOM), folder("set/imagesTr/x")]),
     ("train, data", "copies of one another: a, b;", copy(*SCANS[:2])),
     ("data", "copies of one another: b, c;", copy(*LABELS[1:])),
 ]
@@ -302,7 +301,8 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "png", lambda figure: b"")  # pictures have tests of their own, and take time
     monkeypatch.setattr(visualize, "rgb", lambda figure: np.zeros((2, 2, 3), np.uint8))
     sow([*(nifti(path, SCAN) for path in SCANS), *labels(MASK), checkpoint()])
-    return tmp_path
+    yield tmp_path
+    tracemalloc.stop()  # a test may have started it
 
 
 def sow(plants):
@@ -332,7 +332,6 @@ def test_refused(met_by, words, plants, root, capsys):
     before = contents(root)
     tracemalloc.start()
     code, peak = run(met_by), tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
     out, err = capsys.readouterr()
     lines = err.splitlines()
     if lines and lines[0].startswith("usage:"):  # argparse says how a command is used, then what was wrong
