@@ -718,19 +718,20 @@ def slice_axis(spacing: Sequence[float]) -> int:
 def check(root: str | Path, label: Sequence[int] | None = None) -> None:
     """Print what is in a data set, a line for each scan. Raises DataError with a line for each problem."""
     pairs, problems = match_files(root)
-    checksums(pairs)
-    absent = []
+    sound, absent = [], []
     for pair in pairs:
         try:
             scan, mask = read_pair(pair, 2, label)
         except DataError as error:
             problems.append(str(error))
             continue
+        sound.append(pair)
         if not mask.any():
             absent.append(pair)
         low, high, axes = scan.array.min(), scan.array.max(), "".join(nib.aff2axcodes(scan.source.affine))
         print(f"{printable(pair.name):20} {listed(mask.shape, ' x '):>15} voxels of {listed(scan.spacing, ' x '):>21} "
               f"mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, foreground {mask.mean():.2%}", flush=True)
+    checksums(sound)
     if label and len(absent) < len(pairs):
         note_absent([pair.name for pair in absent], len(pairs), label)
     else:

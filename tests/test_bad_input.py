@@ -237,7 +237,6 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("score --held-out", "--held-out; x", checkpoint(split={"train": ["a"], "val": ["x"]})),
     # -- runs and checkpoints
     ("train", "out: holds a run; --resume; another --out", put("out/last.pt"), put("out/args.json")),
-    ("train --resume", "out/args.json: damaged; delete it", put("out/args.json")),
     (NETS, "last.pt; no such file", remove("last.pt")),
     (NETS, "last.pt; checkpoint; train.py", put("last.pt", b"garbage" * 99), changed(lambda c: c[:999], "last.pt"),
      plant(torch.save)({"state_dict": {}}, "last.pt")),  # another program's
