@@ -7,46 +7,32 @@ import torch
 
 from losses import BCEDiceLoss, DiceLoss
 
-HALF = 0.0  # the logit of probability 1/2
+LOGITS = torch.zeros(2, 1, 2, 2)  # a probability of 1/2 everywhere
+TARGET = torch.tensor([[[[1.0, 1], [1, 1]]], [[[1, 0], [0, 0]]]])  # of the second sample one voxel is true
+SURE = torch.full((1, 1, 2, 2), 200.0)  # its sigmoid is 1 in float32, that of its negative is 0
 
 
-def test_dice_loss_by_hand():
-    """p = 1/2 on 4 voxels, 1 of them true: 1 - 2 * 0.5 / (2 + 1) = 2/3."""
-    loss = DiceLoss()(torch.full((1, 1, 2, 2), HALF), torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]]))
-    assert loss.item() == pytest.approx(2 / 3, abs=1e-6)
-
-
-def test_sum_runs_over_the_batch_unless_per_sample():
-    """Sample 1: p = 1/2, all 4 true, 1 - 4/6. Sample 2: p = 1/2, 1 of 4 true, 2/3. Together: 1 - 2 * 2.5 / (4 + 5)."""
-    logits, target = torch.full((2, 1, 2, 2), HALF), torch.ones(2, 1, 2, 2)
-    target[1] = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert DiceLoss()(logits, target).item() == pytest.approx(4 / 9, abs=1e-6)
-    assert DiceLoss(per_sample=True)(logits, target).item() == pytest.approx((1 / 3 + 2 / 3) / 2, abs=1e-6)
-
-
-def test_perfect_and_empty():
-    target = torch.zeros(1, 1, 4, 4)
-    sure = torch.full_like(target, -200.0)  # its sigmoid is 0 in float32
-    assert DiceLoss()(sure, target).item() == 0  # empty, and predicted empty
-    assert DiceLoss()(-sure, target).item() == pytest.approx(1)  # empty, predicted full
-    target[..., :2] = 1
-    assert DiceLoss()(torch.where(target > 0, 200.0, -200.0), target).item() == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize(("loss", "logits", "target", "expected"), [
+    (DiceLoss(), LOGITS[1:], TARGET[1:], 2 / 3),  # 1 - 2 * 0.5 / (2 + 1)
+    (DiceLoss(), LOGITS, TARGET, 4 / 9),  # summed over the batch: 1 - 2 * 2.5 / (4 + 5)
+    (DiceLoss(per_sample=True), LOGITS, TARGET, 1 / 2),  # the mean of 1 - 4 / 6 and 2 / 3
+    (DiceLoss(reduce=torch.tensor([2, 6]).add), LOGITS[1:], TARGET[1:], 4 / 9),  # another process has the first sample
+    (BCEDiceLoss(), LOGITS[1:], TARGET[1:], 2 / 3 + math.log(2)),
+    (DiceLoss(), -SURE, SURE * 0, 0),  # empty, and predicted empty
+    (DiceLoss(), SURE, SURE * 0, 1),  # empty, and predicted full
+    (DiceLoss(), 200 * (2 * TARGET - 1), TARGET, 0),
+])
+def test_by_hand(loss, logits, target, expected):
+    assert loss(logits, target).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_empty_sample_alone_teaches_little_but_within_a_batch_it_counts():
     target = torch.zeros(2, 1, 8, 8)
     target[0, 0, :4] = 1
     logits = torch.zeros_like(target, requires_grad=True)
-    DiceLoss(per_sample=True)(logits, target).backward()
-    assert logits.grad[1].abs().max() < 1e-6
-    logits.grad = None
-    DiceLoss()(logits, target).backward()
-    assert logits.grad[1].min() > 1e-4
-
-
-def test_bce_dice_is_the_sum_of_both():
-    logits, target = torch.full((1, 1, 2, 2), HALF), torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
-    assert BCEDiceLoss()(logits, target).item() == pytest.approx(2 / 3 + math.log(2), abs=1e-6)
+    alone, together = (torch.autograd.grad(loss(logits, target), logits)[0][1]
+                       for loss in (DiceLoss(per_sample=True), DiceLoss()))
+    assert alone.abs().max() < 1e-6 and together.min() > 1e-4
 
 
 @pytest.mark.parametrize("loss", [DiceLoss(), DiceLoss(per_sample=True), BCEDiceLoss()])
@@ -61,18 +47,16 @@ def test_float32_inside_whatever_comes_in(loss):
         assert loss(logits, target).item() == pytest.approx(value.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [DiceLoss(), BCEDiceLoss()])
-@pytest.mark.parametrize("size", [(5,), (4, 5), (3, 4, 5)])
-def test_any_number_of_axes_and_a_gradient_that_helps(loss, size):
+@pytest.mark.parametrize("kind", [DiceLoss, BCEDiceLoss])
+def test_any_number_of_axes_a_gradient_that_helps_and_what_raises(kind):
     torch.manual_seed(0)
-    logits = torch.randn(2, 1, *size, requires_grad=True)
-    target = (torch.rand(2, 1, *size) > 0.5).float()
-    before = loss(logits, target)
-    before.backward()
-    assert loss(logits - 0.5 * logits.grad, target) < before
-
-
-@pytest.mark.parametrize("loss", [DiceLoss(), BCEDiceLoss()])
-def test_shapes_that_would_broadcast_raise(loss):
-    with pytest.raises(ValueError, match=r"\(2, 1, 4, 4\).*\(2, 4, 4\)"):
-        loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
+    for size in ((5,), (4, 5), (3, 4, 5)):
+        logits = torch.randn(2, 1, *size, requires_grad=True)
+        target = (torch.rand(2, 1, *size) > 0.5).float()
+        before = kind()(logits, target)
+        before.backward()
+        assert kind()(logits - 0.5 * logits.grad, target) < before
+    with pytest.raises(ValueError, match=r"\(2, 1, 4, 4\).*\(2, 4, 4\)"):  # which would broadcast
+        kind()(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
+    with pytest.raises(ValueError, match="take one"):  # processes share no sample
+        kind(per_sample=True, reduce=torch.clone)
