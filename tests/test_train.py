@@ -36,7 +36,7 @@ def test_learning_rate_by_hand():
     rates = [train.lr_at(step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1, 1] and rates[6] == pytest.approx(0.5)
     assert rates[4] == pytest.approx(0.853553, abs=1e-6) and rates[9] == pytest.approx(0.038060, abs=1e-6)
-    assert train.lr_at(0, 1) == 1 == train.lr_at(3, 7, "constant")
+    assert train.lr_at(0, 1) == train.lr_at(3, 20) == train.lr_at(3, 7, "constant") == 1
 
 
 @pytest.mark.parametrize(("confidences", "below"), [
