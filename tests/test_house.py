@@ -24,10 +24,10 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (437, set()),
-    "predict": (208, {"data", "metrics", "unet"}),
-    "train": (595, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (315, {"data", "predict"}),
+    "data": (456, set()),
+    "predict": (205, {"data", "metrics", "unet"}),
+    "train": (587, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "visualize": (318, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")
