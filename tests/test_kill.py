@@ -108,7 +108,7 @@ def test_where_the_disk_is_full_weights_come_first_and_pictures_may_fail(quick, 
     code, told = train_with(3, 60_000)  # more than a checkpoint, less than a picture
     # Lightning's own logger raises once more when it is closed, at the very end.
     assert code == (0 if engine == "loop" else 2) and "Traceback" not in told, told
-    assert told.count("File too large; the training goes on") >= 2
+    assert "File too large; the training goes on" in told
     before = (out / "last.pt").read_bytes()
     assert len(predict.load_checkpoint(out / "last.pt")["log"]) == 3
     code, told = train_with(4, 5_000)
