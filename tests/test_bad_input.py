@@ -68,9 +68,7 @@ def sow(plants):
     link (Path), what another name held (str), nothing (None). Headers say where they lie, so that no two are copies."""
     for name, content in plants.items():
         path = Path(name)
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -135,8 +133,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("train, data", "imagesTr: b: no file of; in labelsTr/; add it", {LABELS[1]: None}),
     ("score", "labelsTr: no label for b", {LABELS[1]: None}),
     ("train, data", "labelsTr: b: no file of; in imagesTr/; add it", {SCANS[1]: None}),
-    ("train, data", "set/labelsTr; a_seg, b_seg, c_seg; no file of; name",
-     {path.replace(".", "_seg.", 1): path for path in LABELS}),
+    ("train, data", "labelsTr: a_, b_, c_: no file of", {path.replace(".", "_.", 1): path for path in LABELS}),
     (SETS, "a.nii.gz; same name; rename", {"set/imagesTr/a.nii": SCAN}),
     ("train, data", "set/imagesTr: x_0000, x_0001: several channels of a patient; of one number only",
      {f"set/{name}.nii.gz": SCAN for name in ("imagesTr/x_0000", "imagesTr/x_0001", "labelsTr/x")}),
@@ -144,8 +141,8 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     *held(
         ALL, A,
         ("damaged (CRC check failed); copy it again", OTHER_SUM),
-        ("damaged (; copy it again", SOUND[:900] + bytes([SOUND[900] ^ 4]) + SOUND[901:], SOUND[:-1] + b"1", SOUND[:700],
-         SOUND + b"surplus", SOUND + gzip.compress(b"")[:-6], gzip.compress(PLAIN + b"1"), header(16, 12, 60)),
+        ("damaged (; copy it again", SOUND[:900] + bytes([SOUND[900] ^ 4]) + SOUND[901:], SOUND[:-1] + b"1",
+         SOUND + b"1", SOUND[:700], SOUND + gzip.compress(b"")[:-6], gzip.compress(PLAIN + b"1"), header(16, 12, 60)),
         ("not a readable NIfTI file; export it", gzip.compress(b"garbage" * 999), b"", Path("../../last.pt")),
         ("", {}, Path("../annex/a"), header(-16, 12, 6), header(vox_offset=-1e18)),
         ("its header claims", header(32767, 32767, 32767), header(2000, 2000, 2000, more=ZEROS),
@@ -169,11 +166,9 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
         ("damaged (CRC check failed); copy it again", OTHER_SUM),
         ("shape is (15, 12, 6); must be equal", MASK[:-1]),
         ("the affine differs; mm; resample", *(image(MASK, shift=shift) for shift in (5, 0.1, np.nan))),
-        ("values are 0; between 0 and 1: a probability map; threshold it", MASK * np.float32(0.5),
-         MASK * np.float32(0.7) + 0.1),
-        # NaN for background became the lowest finite value, 1: everything was organ.
-        ("values are; whole numbers from 0", np.where(MASK, 1, np.nan), np.where(MASK, -1.0, 0),
-         np.where(MASK, 1.02, 0), np.where(MASK, np.inf, 0), np.where(MASK, -np.inf, 0)),
+        ("values are 0; between 0 and 1: a probability map; threshold it", MASK * np.float32(0.5), 0.1 + MASK * 0.7),
+        ("values are; whole numbers from 0", np.where(MASK, 1, np.nan),  # NaN became 1: everything was organ
+         *(np.where(MASK, value, 0) for value in (-1.0, 1.02, np.inf, -np.inf))),
         ("different values: this is no mask; --label", SCAN, ATLAS, np.uint8(ATLAS.clip(max=200))),
     ),
     ("train --label 99, data --label 99", "labelsTr/a.nii.gz; different values: this is no mask", {LABEL: SCAN}),
@@ -212,7 +207,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
         ("checkpoint; train.py", b"garbage" * 99, saved({})[:999], saved({"state_dict": {}}, {})),
         ("checkpoint version is; train it anew", saved({"version": 1}), saved({"version": 99, "split": None})),
         ("do not fit", *(saved({"network": NETWORK | size}) for size in ({"width": 3}, {"width": 10**6, "depth": 8}))),
-        ("holds code, posix.mkdir, which was not run: no checkpoint", saved({"model": Payload()}), saved({1: Payload()})),
+        ("holds code, posix.mkdir, which was not run: no", saved({"model": Payload()}), saved({"note": Payload()})),
     ),
 ]
 NOTED = [  # the commands that meet it; pieces of the note; what is planted
@@ -231,8 +226,7 @@ TAKEN = [  # the commands; what it is; what is planted
     ("score, data", "nnU-Net's channel", {path.replace(".", "_0000.", 1): path for path in SCANS}),
     ("score, data", "no channel, but a number", rename("x_0000", "x_0001", "x_0002")),
     ("data, score", "one volume in 4D", {A: SCAN[..., None], LABEL: MASK[..., None]}),
-    ("data, score", "compressed in parts, and zeros after the end",
-     {A: gzip.compress(PLAIN[:999]) + gzip.compress(PLAIN[999:]) + bytes(99)}),
+    ("data, score", "in parts, zeros at the end", {A: gzip.compress(PLAIN[:9]) + gzip.compress(PLAIN[9:]) + bytes(99)}),
     ("score, data", "NIfTI-2 of 64 bits, big-endian", {A: nib.Nifti2Image(SCAN, np.eye(4), dtype=np.int64)},
      {A: nib.Nifti1Image(SCAN, np.eye(4), nib.Nifti1Header(endianness=">"))}),
     ("train --label 5, data --label 5 6", "an atlas", dict.fromkeys(LABELS, ATLAS)),
@@ -268,8 +262,7 @@ def root(tmp_path, monkeypatch):
 
 
 def run(met_by):
-    """Exit code, and what was printed on a screen that knows ASCII alone, as some code pages of Windows: a name that it
-    cannot print ended a training before anything was saved."""
+    """Exit code and what is printed, on a screen that knows ASCII alone: other names ended a run, and it was lost."""
     name, *flags = met_by.split()
     screen = [io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True) for _ in ("out", "err")]
     with warnings.catch_warnings(), contextlib.redirect_stdout(screen[0]), contextlib.redirect_stderr(screen[1]):
@@ -292,15 +285,14 @@ def test_refused(met_by, words, plants, root):
     before = contents(root)
     tracemalloc.start()
     (code, out, err), peak = run(met_by), tracemalloc.get_traced_memory()[1]
-    usage, lines = err.startswith("usage:"), err.splitlines()
-    if usage:  # argparse says how a command is used, then what was wrong
-        lines = lines[-1:]
+    usage = err.startswith("usage:")  # argparse says how a command is used, then what was wrong
+    lines = err.splitlines()[-1:] if usage else err.splitlines()
     if met_by.startswith("data"):  # the check finds all problems, a line for each
         lines = [line for line in lines if words[0] in line]
     assert code == 2 and len(lines) == 1 and "Traceback" not in out + err and peak < 1e8, (out, err)
     assert not [word for word in words if word not in lines[0]], lines
-    script = f"{COMMANDS[met_by.split()[0]][0].__name__}.py: "
-    assert usage or lines[0].startswith(script) and lines[0].isprintable(), lines
+    script = COMMANDS[met_by.split()[0]][0].__name__
+    assert usage or lines[0].startswith(f"{script}.py: ") and lines[0].isprintable(), lines
     assert contents(root) == before
 
 
