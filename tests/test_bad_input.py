@@ -53,13 +53,8 @@ HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normal
        "size": [16, 16]}
 CHECKPOINT = {"version": predict.VERSION, "model": UNet(**NETWORK).state_dict(), "network": NETWORK, "preprocess": HOW,
               "split": {"train": [], "val": []}, "doubt_below": 0.0}
-FORMATS = {  # what is said of a file, and what is called so
-    "NRRD or MetaImage; 3D Slicer or SimpleITK": "x.nrrd x.nhdr x.MHA x.mhd",
-    "Analyze or FreeSurfer's; mri_convert": "x.hdr x.img x.mgz x.mgh",
-    "DICOM; dcm2niix": "x.dcm IM_01",
-    "compressed; bunzip2, unxz, unzip or": "x.nii.bz2 x.nii.xz x.nii.zip x.nii.zst",
-}
-FOREIGN = {name: b"" for names in FORMATS.values() for name in names.split()} | {"IM_01": bytes(128) + b"DICM"}
+FORMATS = "x.nrrd x.nhdr x.MHA x.mhd x.hdr x.img x.mgz x.mgh x.dcm x.nii.bz2 x.nii.xz x.nii.zip x.nii.zst"
+FOREIGN = dict.fromkeys(FORMATS.split(), b"") | {"IM_01": bytes(128) + b"DICM"}
 ZEROS = gzip.compress(bytes(2**24)) * 60  # 1 MB that unpacks to 1 GB
 
 
@@ -114,7 +109,7 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
-def held(commands, path, *rows):
+def held(commands, path, rows):
     """Rows of what one file holds instead of what is sound; the line begins with the file."""
     return [(commands, f"{path}:; {words}", *({path: content} for content in contents)) for words, *contents in rows]
 
@@ -138,8 +133,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("train, data", "set/imagesTr: x_0000, x_0001: several channels of a patient; of one number only",
      {f"set/{name}.nii.gz": SCAN for name in ("imagesTr/x_0000", "imagesTr/x_0001", "labelsTr/x")}),
     # -- files that are damaged, or no scan; each is read to its end, wherever it is read
-    *held(
-        ALL, A,
+    *held(ALL, A, [
         ("damaged (CRC check failed); copy it again", OTHER_SUM),
         ("damaged (; copy it again", SOUND[:900] + bytes([SOUND[900] ^ 4]) + SOUND[901:], SOUND[:-1] + b"1",
          SOUND + b"1", SOUND[:700], SOUND + gzip.compress(b"")[:-6], gzip.compress(PLAIN + b"1"), header(16, 12, 60)),
@@ -154,15 +148,17 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
          image(SCAN, [1e-3, 1e-3, 3e-3], units=1), image(SCAN, [1e3, 1e3, 3e3], units=3)),
         ("voxels are 2.4e; scale them to", header(scl_slope=1e38), SCAN * 1e300, SCAN * 1e-50),
         ("no voxel is finite; export it again", SCAN * np.float32(np.nan)),
-    ),
+    ]),
     (SETS, "a.nii: its header claims; copy it", {A: None, A[:-3]: PLAIN + b"1"}),
     (SETS, "a.nii.gz; voxel; 7; scan", {A: SCAN * 0 + 7}),
     (SETS, "c.nii.gz: shape is (16, 12, 6, 2); one volume", {SCANS[2]: np.stack([SCAN, SCAN], -1)}),
     ("show set", "set: a folder; docs/challenge.md"),
-    *((", ".join(f"show {name}" for name in names.split()), words, FOREIGN) for words, names in FORMATS.items()),
+    ("show x.nrrd, show x.nhdr, show x.MHA, show x.mhd", "NRRD or MetaImage; 3D Slicer or SimpleITK", FOREIGN),
+    ("show x.hdr, show x.img, show x.mgz, show x.mgh", "Analyze or FreeSurfer's; mri_convert", FOREIGN),
+    ("show x.dcm, show IM_01", "DICOM; dcm2niix", FOREIGN),
+    ("show x.nii.bz2, show x.nii.xz, show x.nii.zip, show x.nii.zst", "compressed; bunzip2, unxz, unzip or", FOREIGN),
     # -- labels
-    *held(
-        PAIRED, LABEL,
+    *held(PAIRED, LABEL, [
         ("damaged (CRC check failed); copy it again", OTHER_SUM),
         ("shape is (15, 12, 6); must be equal", MASK[:-1]),
         ("the affine differs; mm; resample", *(image(MASK, shift=shift) for shift in (5, 0.1, np.nan))),
@@ -170,7 +166,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
         ("values are; whole numbers from 0", np.where(MASK, 1, np.nan),  # NaN became 1: everything was organ
          *(np.where(MASK, value, 0) for value in (-1.0, 1.02, np.inf, -np.inf))),
         ("different values: this is no mask; --label", SCAN, ATLAS, np.uint8(ATLAS.clip(max=200))),
-    ),
+    ]),
     ("train --label 99, data --label 99", "labelsTr/a.nii.gz; different values: this is no mask", {LABEL: SCAN}),
     ("train, data", "labelsTr/a.nii.gz: every voxel is organ", {LABEL: MASK * 0 + 1}, {LABEL: MASK + 1}),
     ("train", "set; foreground; --label; nothing to learn", dict.fromkeys(LABELS, MASK * 0)),
@@ -201,20 +197,19 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     # -- runs and checkpoints
     ("train", "out: holds a run; --resume; another --out", {"out/args.json": b""}),
     ("predict --checkpoint set/imagesTr/a.nii.gz", "a.nii.gz; checkpoint; train.py"),
-    *held(
-        NETS, "last.pt",
+    *held(NETS, "last.pt", [
         ("no such file", None),
         ("checkpoint; train.py", b"garbage" * 99, saved({})[:999], saved({"state_dict": {}}, {})),
         ("checkpoint version is; train it anew", saved({"version": 1}), saved({"version": 99, "split": None})),
         ("do not fit", *(saved({"network": NETWORK | size}) for size in ({"width": 3}, {"width": 10**6, "depth": 8}))),
         ("holds code, posix.mkdir, which was not run: no", saved({"model": Payload()}), saved({"note": Payload()})),
-    ),
+    ]),
 ]
 NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("data --label 1, train --label 1", "1 of 3 scans hold no voxel of label 1: a", {LABEL: MASK * 7}),
     ("score, data", "labelsTr/a.nii.gz; 1.0e-05 mm", {LABEL: image(MASK, shift=1e-5)}),
     (SETS, "set/imagesTr: 15 left out; no NIfTI files: IM_01: DICOM; dcm2niix",
-     {f"set/imagesTr/{name}": content for name, content in {**FOREIGN, "x": {}}.items()}),
+     {f"set/imagesTr/{name}": content for name, content in FOREIGN.items()} | {"set/imagesTr/x": {}}),
     ("train, data", "copies of one another: a, b;", dict.fromkeys(SCANS[:2], SOUND)),
     ("data", "copies of one another: b, c;", dict.fromkeys(LABELS[1:], gzip.compress(image(MASK).to_bytes()))),
 ]
@@ -275,8 +270,7 @@ def run(met_by):
 
 def contents(root):
     """Everything but the cache, which may keep what is sound."""
-    kept = (path for path in root.rglob("*") if path.relative_to(root).parts[0] != "cache")
-    return {path: path.read_bytes() if path.is_file() else None for path in kept}
+    return {path: path.is_file() and path.read_bytes() for path in root.rglob("*") if "cache" not in path.parts}
 
 
 @pytest.mark.parametrize(("met_by", "words", "plants"), each(REFUSED))
@@ -308,8 +302,8 @@ def test_taken(met_by, words, plants, root):
     assert err.startswith("note: ") and all(word in err for word in words) if noted else err == "", err
     if met_by in ("predict", "score"):
         scans, masks = data.by_name(data.nifti_files(Path("set/imagesTr"))), list(Path("out").glob("*.nii.gz"))
-        assert {path.name.lower() for path in masks} == {name.lower() for name in os.listdir("set/labelsTr")
-                                                         if not name.startswith(("._", "README"))}
+        labels = {path.name.lower() for path in Path("set/labelsTr").glob("[!.R]*")}  # hidden ones, README.txt
+        assert {path.name.lower() for path in masks} == labels
         for path in masks:
             mask, source = nib.load(path), nib.load(scans[path.name[:-7]])
             assert mask.shape == source.shape and np.array_equal(mask.affine, source.affine) and not path.is_symlink()
