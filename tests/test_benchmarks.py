@@ -54,7 +54,8 @@ def test_the_second_data_set_and_several_folds(dry, tmp_path):
     assert dry("--only anterior --seeds 0 --fold 0 1 --size 8 32 32 --spacing 6 --stem 1 --batch-size 2") == 0
     results = tmp_path / "runs" / "dry" / "results" / "hippocampus"
     assert sorted(os.listdir(results)) == ["anterior_fold1_seed0.json", "anterior_seed0.json"]
-    assert "--dims 3 --label 1 --epochs 4 --fold 1" in json.loads((results / "anterior_fold1_seed0.json").read_text())["command"]
+    command = json.loads((results / "anterior_fold1_seed0.json").read_text())["command"]
+    assert "--dims 3 --label 1 --epochs 4 --fold 1" in command
 
 
 @pytest.mark.parametrize("row", accuracy.ROWS)
