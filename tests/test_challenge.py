@@ -19,12 +19,13 @@ def test_the_snippet_turns_a_folder_a_patient_into_a_data_set(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     rng, atrium = np.random.default_rng(0), np.zeros((6, 12, 16), np.uint8)
     atrium[1:5, 3:8, 4:9] = 255
-    for patient in ("Training Set/0RZDK210BSMW", "Training Set/1D7CUD1955YZ", "Testing Set/4URSJYI2QUH"):
+    patients = ("Training Set/0RZDK210BSMW", "Training Set/1D7CUD1955YZ", "Testing Set/4URSJYI2QUH")
+    for n, patient in enumerate(patients):
         Path(patient).mkdir(parents=True)
         for name, array in (("lgemri", np.uint8(rng.integers(0, 99, atrium.shape) + atrium // 2)), ("laendo", atrium)):
             image = sitk.GetImageFromArray(array)
             image.SetSpacing((0.625, 0.625, 1.25))
-            image.SetOrigin((-30.0, 20.0, 5.0))
+            image.SetOrigin((-30.0 + n, 20.0, 5.0))
             sitk.WriteImage(image, f"{patient}/{name}.nrrd")
     Path("Training Set/desktop.ini").write_text("")  # is in the download
     assert data.main(["Training Set"]) == 2 and "docs/challenge.md" in capsys.readouterr().err
