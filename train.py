@@ -124,7 +124,7 @@ def fit_loop(run: Run) -> None:
             # Without a scaler, on Apple's GPU, the host itself looks whether the gradient is finite.
             if scaler.is_enabled() or norms[-1].isfinite():                             # optimizer_step
                 scaler.step(optimizer)
-            scaler.update(None if run.precision == torch.float16 else 1.0)
+            scaler.update(None if run.precision == torch.float16 else 1.0)  # a skipped step would halve it for good
             optimizer.zero_grad()                                                       # optimizer_zero_grad
         share_buffers(run)
         check_finite(run, epoch, torch.stack(norms))  # waits for the GPU, so that the next line tells the time
