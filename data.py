@@ -239,7 +239,13 @@ class Scan(NamedTuple):
     axis: int  # slice axis, see PLANES
 
     def restore(self, array: np.ndarray) -> np.ndarray:
-        """An array (D, H, W) on this scan's grid, back on the axes and of the shape of the file."""
+        """An array (D, H, W) on this scan's grid, back on the axes and of the shape of the file.
+
+        Raises:
+            ValueError: an array of another shape than the scan's.
+        """
+        if array.shape != self.array.shape:
+            raise ValueError(f"shape is {array.shape}; the scan's is {self.array.shape}")
         way_back = ornt_transform(axcodes2ornt(PLANES[self.axis]), io_orientation(self.source.affine))
         return apply_orientation(array, way_back).reshape(self.source.shape)
 
@@ -434,11 +440,11 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
         float16 scan (half the memory; its steps are 1/1000 of a deviation, far below MRI noise) or uint8 mask.
 
     Raises:
-        ValueError: an array that has not three axes.
+        ValueError: an array that has not three axes, or an unknown way to normalise.
         DataError: a scan of one value, or one that is not larger than the crop.
     """
-    if array.ndim != 3:
-        raise ValueError(f"{name}: shape is {array.shape}; expected (D, H, W)")
+    if array.ndim != 3 or how["normalise"] not in ("zscore", "percentile", "minmax"):
+        raise ValueError(f"{name}: shape is {array.shape}; expected (D, H, W), and to normalise one of the three above")
     factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
     # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales anyway.
     if any(abs(factor - 1) > 0.15 for factor in factors):

@@ -4,7 +4,8 @@
     3DV 2016 (the Dice loss; here with the plain sum in the denominator, as in the Dice coefficient itself)
 
 Contract: `loss(logits, target)`, both (B, C, *size) of one shape; logits any real number (no sigmoid before), target
-0 or 1. Computed in float32 whatever comes in, also under autocast: sums over 10,000s of voxels overflow float16.
+0 or 1 (not checked: 255, or a label 2, gives a wrong loss). Computed in float32 whatever comes in, also under autocast:
+sums over 10,000s of voxels overflow float16.
 
     from losses import DiceLoss
     loss = DiceLoss()(network(image), mask)

@@ -43,7 +43,7 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
     """Distances in mm from each surface voxel of one mask to the surface of the other, both ways, pooled: (N,).
 
     A surface voxel is a foreground voxel with a background face neighbour; beyond the array all is background.
-    Neither mask may be empty.
+    Two bool masks of one shape, neither empty, and a spacing for each axis: `score` checks them, this does not.
     """
     # The centres of the surface voxels in mm, (N, axes): few, whatever the size of the scan.
     prediction, truth = (np.argwhere(mask & ~ndimage.binary_erosion(mask)) * spacing for mask in (prediction, truth))
@@ -60,9 +60,9 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
     Returns:
         dice: see above.
         jaccard: |P and T| / |P or T|, 0 to 1.
-        hd95, assd: 95th percentile and mean of the surface distances of both directions, pooled, in mm (as in MedPy,
-            which the left-atrium literature uses; MONAI's hd95 is the larger of the two directed percentiles).
-        volume_ml, truth_ml: volume of prediction and truth.
+        hd95, assd: 95th percentile and mean of the surface distances of both directions, pooled, in mm (as in MedPy
+            0.5, which the left-atrium literature uses; MONAI's hd95 is the larger of the two directed percentiles).
+        volume_ml, truth_ml: volume of prediction and truth, in 3D.
 
     Raises:
         ValueError: masks that are not bool, differ in shape, or a spacing that does not fit them.

@@ -85,14 +85,14 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------------------------------------------------- prediction
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint of train.py: tensors and plain values only, so nothing in the file can be executed.
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of train.py, on the CPU: tensors and plain values only, so nothing in the file can be executed.
 
     Raises:
         DataError: no file, no checkpoint of this project, or one of another version.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version, *_ = (checkpoint[key] for key in ("version", "model", "network", "preprocess", "split", "doubt_below"))
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
         reason = "damaged, or no checkpoint of train.py"
@@ -111,7 +111,8 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str
     try:
         with torch.device("meta"):  # shapes without memory: a foreign file may claim a network of any size
             net = UNet(**checkpoint["network"])
-        net.load_state_dict(checkpoint["model"], assign=True)
+        # Copies: else all networks of a checkpoint would share its tensors.
+        net.load_state_dict({name: tensor.clone() for name, tensor in checkpoint["model"].items()}, assign=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         why = data.first_line(error)
         raise DataError(f"{path}: its weights do not fit its network ({why}); train it anew") from None
@@ -120,11 +121,11 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str
 
 @torch.inference_mode()
 def predict_batch(net: UNet, images: np.ndarray, precision: torch.dtype = torch.float32) -> np.ndarray:
-    """Probabilities float32 (B, *size) of images (B, *size), on the host."""
+    """Probabilities float32 (B, *size) of images (B, *size), on the host, by a network of one channel and one mask."""
     device = next(net.parameters()).device
     x = torch.from_numpy(images.astype(np.float32))[:, None].to(device, memory_format=net.memory_format)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        return net.predict(x)[:, 0].cpu().numpy()
+        return net.predict(x).squeeze(1).cpu().numpy()
 
 
 def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None = None, smooth: float = 0,
@@ -188,7 +189,7 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
-    """Write a mask (D, H, W) as .nii.gz on the scan's own grid: the file's shape, affine and header codes."""
+    """Write a mask (D, H, W) as uint8, .nii.gz, on the scan's own grid: the file's shape, affine and header codes."""
     source = scan.source
     header = type(source.header)()
     header.set_data_shape(source.shape)
@@ -196,7 +197,7 @@ def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
         if field.startswith(GEOMETRY):
             header[field] = source.header[field]
     header["cal_max"], header["descrip"] = 1, "mask: 1 is the organ"  # cal_min and cal_max: what a viewer shows
-    image = type(source)(scan.restore(array), source.affine, header, dtype=array.dtype)
+    image = type(source)(scan.restore(array).astype(np.uint8), source.affine, header, dtype=np.uint8)
     # As nibabel packs: fast, and the same bytes for the same mask.
     data.write_atomically(path, gzip.compress(image.to_bytes(), 1, mtime=0))
 
@@ -280,7 +281,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
         rows.append({"name": name, "mask": str(targets[name]), "confidence": confidence(probability)})
         if labels:  # first: of a broken label, no mask
             rows[-1] |= score(mask, data.read_mask(labels[name], scan, how["label"]) > 0, scan.spacing)
-        write_on_scan_grid(targets[name], mask.astype(np.uint8), scan)
+        write_on_scan_grid(targets[name], mask, scan)
     print(f"{len(rows)} masks in {args.out}")
     for row in rows:
         if row["confidence"] < checkpoint["doubt_below"]:

@@ -5,9 +5,9 @@
     Oktay et al., "Attention U-Net: Learning Where to Look for the Pancreas", MIDL 2018
     Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient Sub-Pixel CNN", CVPR 2016 (stem)
 
-Contract: float images (B, C, H, W), or (B, C, D, H, W) with dims=3, any size, in; logits of the same size out. To train
-with a normalisation, maps on the lowest level, of 1 / (stem * 2**depth) of the size, must hold more than one voxel; and
-on a CPU in 3D, gradients in bfloat16 are wrong where they are 1 or 2 deep (PyTorch 2.13): take float32 there.
+Contract: float images (B, C, H, W), or (B, C, D, H, W) with dims=3, any size, in; logits of the same size out. Maps
+of the lowest level, of 1 / (stem * 2**depth) of the size, must hold more than one voxel: with norm="batch" to train,
+with "instance" always. On a CPU in 3D, gradients in bfloat16 are wrong where they are 1 or 2 deep (PyTorch 2.13).
 
     from unet import UNet
     net = UNet(width=64, depth=3, norm="none")      # 7,781,761 parameters
@@ -73,7 +73,7 @@ def upsample(x: Tensor) -> Tensor:
     x = F.interpolate(x, scale_factor=2, mode="bilinear" if x.ndim == 4 else "trilinear")
     if x.requires_grad and x.device.type == "cpu":
         # `torch.cat` hands back a gradient with gaps, on which PyTorch's upsampling is several times slower.
-        x.register_hook(torch.clone)
+        x.register_hook(lambda gradient: gradient if gradient is None else gradient.clone())
     return x
 
 
@@ -122,9 +122,8 @@ class UNet(nn.Module):
     def __init__(self, *, in_channels: int = 1, out_channels: int = 1, dims: int = 2, width: int = 64, depth: int = 3,
                  norm: str = "batch", attention: bool = False, stem: int = 1):
         super().__init__()
-        for name, value, choices in (
-            ("dims", dims, CONV), ("norm", norm, NORM), ("depth", depth, range(9)), ("stem", stem, range(1, 9))
-        ):
+        checks = ("dims", dims, CONV), ("norm", norm, NORM), ("depth", depth, range(9)), ("stem", stem, range(1, 9))
+        for name, value, choices in checks:
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose from {', '.join(map(str, choices))}")
         if min(in_channels, out_channels, width) < 1:
@@ -132,7 +131,6 @@ class UNet(nn.Module):
                              "each must be at least 1")
         self.dims, self.in_channels, self.stem = dims, in_channels, stem
         self.multiple = stem * 2**depth  # what a size is padded up to
-        self.memory_format = MEMORY[dims]  # for network and images: `net.to(memory_format=net.memory_format)`
 
         block = stem**dims  # voxels that become channels
         widths = [width * 2**level for level in range(depth + 1)]  # 64, 128, 256, 512 with the defaults
@@ -144,6 +142,11 @@ class UNet(nn.Module):
         self.gates = nn.ModuleList(AttentionGate(fine, coarse, dims=dims) for fine, coarse in levels[::-1] if attention)
         self.up = nn.ModuleList(DoubleConv(fine + coarse, fine, dims=dims, norm=norm) for fine, coarse in levels[::-1])
         self.head = CONV[dims](width, out_channels * block, kernel_size=1)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """For network and images: `net.to(memory_format=net.memory_format)`. No attribute: it cannot be pickled."""
+        return MEMORY[self.dims]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, out_channels, *size) of images (B, in_channels, *size); `size` is (H, W) or (D, H, W), any.

@@ -24,7 +24,7 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (456, set()),
+    "data": (458, set()),
     "predict": (205, {"data", "metrics", "unet"}),
     "train": (587, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (318, {"data", "predict"}),

@@ -157,6 +157,17 @@ def test_a_network_is_given_slices_of_the_size_of_its_training_alone(monkeypatch
     assert {shape[1:] for shape in seen} == {(4, 5)} and max(shape[0] for shape in seen) == 3
 
 
+def test_networks_of_one_checkpoint_share_nothing_and_a_second_mask_is_not_dropped():
+    """Trained on, one changed the other, and the checkpoint."""
+    checkpoint = {"network": {"width": 2, "depth": 1, "out_channels": 2}}
+    checkpoint["model"] = UNet(**checkpoint["network"]).state_dict()
+    places = [{tensor.data_ptr() for tensor in weights.values()} for weights in (
+        checkpoint["model"], *(predict.load_network(checkpoint).state_dict() for _ in range(2)))]
+    assert len(set.union(*places)) == sum(map(len, places))
+    with pytest.raises(ValueError):
+        predict.predict_volume(predict.load_network(checkpoint), volume_of(3, 8, 8))
+
+
 def test_windows_leave_no_trace_where_a_network_sees_one_voxel_at_a_time():
     net, volume = Ideal(width=1, depth=0, dims=3, norm="none"), volume_of(9, 14, 11)
     whole = predict.predict_volume(net, volume, size=volume.shape)

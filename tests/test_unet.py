@@ -1,5 +1,7 @@
 """The network's contract: sizes, parameters, gradients, modes."""
 
+import io
+
 import pytest
 import torch
 from conftest import same
@@ -74,6 +76,7 @@ def test_attention_gate_scales_each_voxel_between_0_and_1():
 def test_predict_gives_probabilities_or_a_mask_and_leaves_each_part_in_its_mode():
     """A frozen batch norm within a network that trains used to be back in training mode."""
     net, x = UNet(width=4, depth=1), torch.randn(2, 1, 9, 9)
+    torch.save(net, io.BytesIO())  # a memory format among its attributes cannot be pickled
     net.bottom[1].eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     probability, mask = net.predict(x), net.predict(x, threshold=0.3)
