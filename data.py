@@ -444,7 +444,7 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
         DataError: a scan of one value, or one that is not larger than the crop.
     """
     if array.ndim != 3 or how["normalise"] not in ("zscore", "percentile", "minmax"):
-        raise ValueError(f"{name}: shape is {array.shape}; expected (D, H, W), and to normalise one of the three above")
+        raise ValueError(f"{name}: {array.shape}, {how['normalise']}; expected (D, H, W), zscore, percentile or minmax")
     factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
     # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales anyway.
     if any(abs(factor - 1) > 0.15 for factor in factors):
@@ -647,12 +647,14 @@ class SliceDataset(Dataset):
         size: (H, W) of every sample; a slice is cropped or padded to it.
         augment: see `augmenter`.
         seed: of the augmentation.
-        samples: how many there are at least: each slice comes as often as that takes, each time augmented otherwise.
+        samples: how many an epoch takes. The data set is as many whole rounds of the slices as hold them, each round
+            augmented otherwise; a loop that takes `samples` of them leaves the rest.
     """
 
     def __init__(self, scans: Sequence[CachedScan], size: Sequence[int], *, augment: str = "none", seed: int = 0,
                  samples: int = 1):
         self.scans, self.size, self.seed, self.samples = list(scans), tuple(size), seed, samples
+        # Scan and slice of each sample of a round.
         self.table = [(i, d) for i, scan in enumerate(self.scans) for d in range(len(scan.open("image")))]
         self.augment = augmenter(augment)
         # In shared memory, so that workers that live through all epochs (persistent_workers) see it change.
@@ -693,6 +695,7 @@ class PatchDataset(SliceDataset):
         super().__init__(scans, size, **others)
         self.foreground = foreground
         patch = math.prod(size)
+        # Instead of the slices: the scan of each patch of a round.
         self.table = [i for i, scan in enumerate(self.scans) for _ in range(math.ceil(scan.open("mask").size / patch))]
 
     def cut(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -268,8 +268,8 @@ def predict(args: argparse.Namespace) -> list[dict]:
               "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
     targets = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
-    lost = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in targets.values()}
-    require(not lost, f"{data.listed(sorted(lost))}: a mask would overwrite a scan or a label; choose another --out")
+    both = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in targets.values()}
+    require(not both, f"{data.listed(sorted(both))}: a mask would overwrite a scan or a label; choose another --out")
     for path in files:  # All are looked at before the first mask is written.
         data.open_nifti(path)
 

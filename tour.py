@@ -81,9 +81,8 @@ visualize.planes(scan.array, [truth], scan.spacing)
 #
 # Each scanner has its own scale of brightness and its own size of image. A network learns faster when scans look alike.
 # So `data.preprocess` cuts off the few darkest and brightest values. Then it shifts and stretches the rest: the mean
-# becomes 0, the deviation becomes 1. Last, all slices are cropped or padded to one size.
-#
-# Training and prediction call the same function. If they did not, the network would meet scans that it cannot read.
+# becomes 0, the deviation becomes 1. Training and prediction both call it. If they did not, the network would meet
+# scans that it cannot read. (For training, all slices are then cropped or padded to one size, as in these pictures.)
 #
 # **Question. Four patients: first as the scanner stores them, then as the network sees them. What is the same now?**
 
@@ -206,10 +205,10 @@ result = train.train(args)
 visualize.curves(result["log"])
 
 # %% [markdown]
-# **What to see.** Nearly. The loss falls fast at first, and then slowly. The Dice of the validation patients rises with
-# it, and the worst patient follows the mean: nobody is left behind. Now look at the learning rate, the size of the
-# steps. It goes up, so that the network learns fast, and then down to 0, so that it comes to rest. More patients would
-# help now more than more epochs.
+# **What to see.** Nearly. The loss falls fast at first, and then slowly. Now look at the learning rate, the size of the
+# steps. It goes up, so that the network learns fast, and then down to 0, so that it comes to rest. While it is high,
+# the Dice of the validation patients may jump, even out of the picture. As it falls the Dice rises and settles, and the
+# worst patient follows the mean: nobody is left behind. More patients would help now more than more epochs.
 
 # %% [markdown]
 # ## 7. Watch the mask grow
@@ -227,9 +226,9 @@ for event in events[::3]:
     display(Image(event.encoded_image_string))
 
 # %% [markdown]
-# **What to see.** First the place, then the shape. After one epoch the network only knows where the heart is, and it
-# marks too much. Then the patch shrinks to the atrium. The border comes last, and the thin veins last of all. In the
-# right column blue is correct, yellow is missed, and orange is too much.
+# **What to see.** First the place, then the shape. After one epoch the network knows about where the atrium is, but
+# not how large: it marks too little, or too much. Then the patch takes the form of the atrium. The border comes last,
+# and the thin veins last of all. In the right column blue is correct, yellow is missed, and red is too much.
 
 # %% [markdown]
 # ## 8. What the network sees
@@ -279,7 +278,8 @@ Image("runs/tour/movie.gif")
 
 # %% [markdown]
 # **What to see.** The network has worked on each slice alone. It did not know the slice above or the slice below. Still
-# the masks follow each other smoothly, because the patient does.
+# the masks follow each other smoothly, because the patient does. (The prediction helps a little: it averages neighbours
+# that lie closer than a few mm.)
 
 # %% [markdown]
 # ## 10. The loop
@@ -293,7 +293,8 @@ Markdown(f"```python\n{inspect.getsource(train.fit_loop)}```")
 # %% [markdown]
 # Many projects do not write the loop. They use Lightning, which runs a loop of its own and calls *hooks* of yours: one
 # for a training step, one for the end of an epoch, and so on. The margin above names the hook that does the same. Here
-# is the same training for Lightning. On a CPU both end with the same network, to the last bit.
+# is the same training for Lightning. On a CPU, with `--precision fp32`, both end with the same network, to the last
+# bit.
 
 # %%
 Markdown(f"```python\n{inspect.getsource(train.fit_lightning)}```")

@@ -1,7 +1,7 @@
 """Train a U-Net to segment an organ in MRI: the loop that Lightning would run, written by hand.
 
 `fit_loop`, right below, is the training: four stations an epoch, train, evaluate, save, log. `fit_lightning` is the
-same by lightning.Trainer. Then come the pieces that both name, `prepare`, which makes a run, and the command line.
+same by lightning.Trainer. Then come the pieces that both call; `prepare`, which makes a run; and the command line.
 
 Contract: a folder of NIfTI scans and masks in (`data.py` names the layouts), a run folder out: last.pt, best.pt (the
 epoch of the highest validation Dice), log.csv, split.json, args.json, pictures; TensorBoard events under --tensorboard.
@@ -74,13 +74,13 @@ class Run:
     world_size: int  # number of processes
     device: torch.device
     precision: torch.dtype
-    recipe: dict  # all of a checkpoint but the state: version, network, preprocess, split, files, machine, args
+    recipe: dict  # what a checkpoint says of the run: version, network, preprocess, split, files, machine, args
     val_scans: list[data.CachedScan]  # this process's share
-    loader: DataLoader
+    loader: DataLoader  # batches of data.SliceDataset or PatchDataset; it may be longer than an epoch
     net: UNet
     optimizer: torch.optim.Optimizer
     loss_function: nn.Module
-    saved: dict | None  # the checkpoint to go on from
+    saved: dict | None  # the checkpoint to go on from, which the engine loads
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -117,14 +117,16 @@ def fit_loop(run: Run) -> None:
             loss = run.loss_function(logits.float(), mask)  # in float32, outside autocast
             losses.append(loss.detach())  # stays on the device: the host reads it once an epoch
             scaler.scale(loss).backward()                                               # backward
+            # The rate of this step; Lightning sets it at the end of the last one.
             for group in optimizer.param_groups:                                        # lr_scheduler_step
                 group["lr"] = args.lr * lr_at(epoch * args.steps + i, args.epochs * args.steps, args.schedule)
             scaler.unscale_(optimizer)                                                  # configure_gradient_clipping
-            norms.append(nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf))
+            norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
+            norms.append(norm)
             # Without a scaler, on Apple's GPU, the host itself looks whether the gradient is finite.
-            if scaler.is_enabled() or norms[-1].isfinite():                             # optimizer_step
+            if scaler.is_enabled() or norm.isfinite():                                  # optimizer_step
                 scaler.step(optimizer)
-            scaler.update(None if run.precision == torch.float16 else 1.0)  # a skipped step would halve it for good
+            scaler.update(None if run.precision == torch.float16 else 1.0)  # 1: left to itself, it would double in time
             optimizer.zero_grad()                                                       # optimizer_zero_grad
         share_buffers(run)
         check_finite(run, epoch, torch.stack(norms))  # waits for the GPU, so that the next line tells the time
@@ -137,7 +139,9 @@ def fit_loop(run: Run) -> None:
             continue
 
         # -- save ----------------------------------------------------------------------- ModelCheckpoint
-        content = run.recipe | validation(rows) | {"model": net.state_dict(), "optimizer": optimizer.state_dict(),
+        # No random state and no scheduler: samples depend on (seed, epoch, index), the learning rate on the step. And
+        # the epoch is len(log).
+        content = run.recipe | scores_to_keep(rows) | {"model": net.state_dict(), "optimizer": optimizer.state_dict(),
                                                    "scaler": scaler.state_dict(), "log": log}
         torch.save(content, buffer := io.BytesIO())
         if is_best(log):
@@ -208,7 +212,7 @@ def fit_lightning(run: Run) -> None:
                 write_log(run, log, self.rows, self.logger.experiment)
 
         def on_save_checkpoint(self, checkpoint):
-            checkpoint |= run.recipe | validation(self.rows) | {"model": net.state_dict(), "log": log}
+            checkpoint |= run.recipe | scores_to_keep(self.rows) | {"model": net.state_dict(), "log": log}
 
     often = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = pl.callbacks.ModelCheckpoint(run.out, "best", monitor="dice", mode="max", **often)
@@ -310,7 +314,7 @@ def gather_rows(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: row["name"])
 
 
-def validation(rows: list[dict]) -> dict:
+def scores_to_keep(rows: list[dict]) -> dict:
     """What a checkpoint keeps of its validation: the Dice of each scan, and the confidence below which predict.py calls
     a mask doubtful: two standard deviations under the mean of the scans in which something was found. Of fewer than
     three such scans it is NaN, and no mask is called so."""
@@ -425,7 +429,7 @@ LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss
 DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 32, "depth": 2, "epochs": 18}}
 SMOOTH = 1.5  # mm over which slices are averaged at prediction, in 2D
 LARGEST_PATCH = (20, 32, 32)  # times the stem: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
-# What a resumed run may change: where and how it runs, not what comes out.
+# What a resumed run may change: where and how it runs; and --epochs, which moves the learning rate: `compare` says so.
 MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "workers", "compile", "epochs"}
 
 
@@ -436,7 +440,8 @@ def say(text: str) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Run:
-    """Seed, device, data, network, optimisation, resume: a line is printed for each."""
+    """Seed, device, data, network, optimisation, run folder: lines are printed for each. The weights of a checkpoint to
+    go on from are loaded by the engine."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if rank > 0:
         warnings.simplefilter("ignore")  # the first process says what there is to say
@@ -513,8 +518,8 @@ def share_cores(args: argparse.Namespace, device: torch.device) -> int:
 
     On a CPU threads that wait for one which a worker keeps from its core lose more than they bring: on two cores a step
     of the default took 119 ms without workers, 77 with one worker and one thread, 113 with one worker and two threads.
-    In 3D a step outweighs its samples, and all cores take part: 362 with one thread, 300 with two threads and a worker
-    that gives way to them (see `start_worker`), 270 with two such workers. A GPU needs no threads, and as many workers
+    In 3D a step outweighs its samples, and all cores take part: 362 with one thread, 310 with two threads and a worker
+    that gives way to them (see `start_worker`), 280 with two such workers. A GPU needs no threads, and as many workers
     as can be had: a core augments about 350 slices a second.
     """
     cores = max(data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
@@ -646,7 +651,7 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
 
 
 def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
-    """Make the run folder, with the arguments of this start: args.json, and where a run goes on args-2.json and so on.
+    """Make the run folder, with the arguments of this start: args.json; when a run goes on, args-2.json and so on.
 
     Of two new runs at once, one gets the folder and the other is refused.
     """

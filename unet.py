@@ -7,7 +7,7 @@
 
 Contract: float images (B, C, H, W), or (B, C, D, H, W) with dims=3, any size, in; logits of the same size out. Maps
 of the lowest level, of 1 / (stem * 2**depth) of the size, must hold more than one voxel: with norm="batch" to train,
-with "instance" always. On a CPU in 3D, gradients in bfloat16 are wrong where they are 1 or 2 deep (PyTorch 2.13).
+with "instance" always. On a CPU in 3D, gradients in bfloat16 are wrong where these maps are 1 or 2 deep.
 
     from unet import UNet
     net = UNet(width=64, depth=3, norm="none")      # 7,781,761 parameters
@@ -145,19 +145,18 @@ class UNet(nn.Module):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """For network and images: `net.to(memory_format=net.memory_format)`. No attribute: it cannot be pickled."""
+        """For network and images: `net.to(memory_format=net.memory_format)`. An attribute could not be pickled."""
         return MEMORY[self.dims]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, out_channels, *size) of images (B, in_channels, *size); `size` is (H, W) or (D, H, W), any.
 
-        The sizes in the margin are those of width 64, depth 3 and stem 1 on slices.
+        The margin draws the U, level by level, not line by line: its sizes are those of width 64, depth 3, stem 1.
         """
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
             axes = "H, W" if self.dims == 2 else "D, H, W"
             raise ValueError(f"input is {tuple(x.shape)}; this network takes (B, {self.in_channels}, {axes})")
-        size = x.shape[2:]
-        padding = [n for length in reversed(size) for n in (0, -length % self.multiple)]
+        padding = [n for length in reversed(x.shape[2:]) for n in (0, -length % self.multiple)]
         if any(padding):  # Copies of the border, not zeros: zeros would be an edge that the image does not have.
             x = F.pad(x, padding, mode="replicate")
         if self.stem > 1:
@@ -176,7 +175,7 @@ class UNet(nn.Module):
 
         if self.stem > 1:
             x = depth_to_space(x, self.stem)
-        return x[(..., *map(slice, size))]                                          # (B,   1, H,   W  )
+        return F.pad(x, [-n for n in padding])  # what was padded, off again        # (B,   1, H,   W  )
 
     @torch.no_grad()
     def predict(self, x: Tensor, threshold: float | None = None) -> Tensor:

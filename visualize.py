@@ -252,7 +252,7 @@ def overlay(scan: np.ndarray, masks: Sequence, spacing: Sequence[float], count: 
 
 def planes(scan: np.ndarray, masks: Sequence[np.ndarray], spacing: Sequence[float], name: str = "scan") -> Figure:
     """An axial, a coronal and a sagittal slice of an axial scan, in one scale, through the middle of the masks."""
-    # Feet first: so the head is up where slices are rows.
+    # Head first, so that it is up where slices are rows.
     volumes = [volume[::-1] for volume in (grey(scan), *as_bool_masks(scan, masks))]
     # The little that is added makes it the middle of the scan where there is no foreground.
     centre = np.round(ndimage.center_of_mass(sum(volumes[1:], np.full(scan.shape, 1e-9)))).astype(int)

@@ -173,8 +173,8 @@ def test_normalisation():
     for scale, kind in product((1e-9, 1e9), kinds):
         assert made(noise * scale, kind).std(dtype=float) == pytest.approx(0.29 if kind == "minmax" else 1, abs=0.02)
     for array, kind, told in [
-        (dark, "none", "shape is.*; expected"), (dark * 0, "zscore", "every voxel is 0; remove"),
-        (dark[0], "minmax", r"shape is \(20, 20\); expected \(D"),
+        (dark, "none", r"\(6, 20, 20\), none; expected"), (dark * 0, "zscore", "every voxel is 0; remove"),
+        (dark[0], "minmax", r"\(20, 20\), minmax; expected \(D"),
         (dark, "percentile", "more than 99 % of the voxels are 0.*--normalise zscore"),  # "every voxel is 0" was untrue
         # Their squares vanish in float32, or are infinite: the scan became infinities, or zeros, without a word.
         *((noise * scale, kind, "voxels are.*scale") for scale in (1e-40, 1e-25, 1e25, 3e38) for kind in kinds),

@@ -26,7 +26,7 @@ HOUSE = {
     "metrics": (40, set()),
     "data": (458, set()),
     "predict": (205, {"data", "metrics", "unet"}),
-    "train": (587, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "train": (588, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (318, {"data", "predict"}),
     "phantom": (140, set()),
 }

@@ -45,7 +45,7 @@ def test_learning_rate_by_hand():
 def test_doubt_begins_two_deviations_below_the_scans_in_which_something_was_found(confidences, below):
     """Of an empty mask the confidence is 0, and three scans are the least: with fewer nothing is called doubtful."""
     rows = [{"name": f"{i}", "dice": 0.5, "confidence": value} for i, value in enumerate(confidences)]
-    assert train.validation(rows)["doubt_below"] == pytest.approx(below, abs=1e-6, nan_ok=True)
+    assert train.scores_to_keep(rows)["doubt_below"] == pytest.approx(below, abs=1e-6, nan_ok=True)
 
 
 def test_losses_have_names():
