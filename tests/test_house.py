@@ -27,7 +27,7 @@ HOUSE = {
     "data": (458, set()),
     "predict": (205, {"data", "metrics", "unet"}),
     "train": (588, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (318, {"data", "predict"}),
+    "visualize": (319, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")
