@@ -39,8 +39,8 @@ ROWS = {
              "--width 64 --depth 3 --stem 1 --norm none --loss dice --lr 0.0001 --schedule constant --weight-decay 0 "
              "--clip 0 --augment geometry --normalise minmax --crop 32 --epochs 1 --steps 352", ""),
     # A second data set, on which nothing was chosen: the Decathlon's Task04_Hippocampus.
-    "anterior": ("", "the anterior hippocampus", "--dims 3 --label 1 --epochs 4", ""),
-    "posterior": ("", "the posterior hippocampus", "--dims 3 --label 2 --epochs 4", ""),
+    "anterior": ("", "the anterior hippocampus", "--dims 3 --label 1", ""),
+    "posterior": ("", "the posterior hippocampus", "--dims 3 --label 2", ""),
 }
 HIPPOCAMPUS = ("anterior", "posterior")
 

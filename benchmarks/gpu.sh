@@ -22,14 +22,14 @@ record() {  # NAME, seconds, arguments of train.py; those of --tiny last, for th
     stage "$1" "$2" "$python" benchmarks/record.py "$out/results/$1_seed0" --data "$data" --device $device \
         --cache "$out/cache" --out "$out/runs/$1" --tensorboard "$out/logs" "${@:3}" $tiny
 }
-if ! "$python" -c "import torch, nibabel, tensorboard, monai, lightning, psutil, pytest"; then
+if ! "$python" -c "import monai, lightning, psutil, pytest, train; train.data.import_imgaug()"; then
     stage venv 60 "$python" -m venv "$out/venv" && python=$out/venv/bin/python
     stage install 400 "$python" -m pip install ${WHEELS:+--no-index --find-links "$WHEELS"} -r requirements.txt \
         pytest lightning monai psutil
 fi
 stage card 20 nvidia-smi
 stage versions 20 "$python" -m torch.utils.collect_env
-stage tests 60 "$python" -m pytest -v -rP tests/test_gpu.py
+stage tests 120 "$python" -m pytest -v -rP tests/test_gpu.py
 record default 180
 record volume 240 --dims 3
 speed=("$python" benchmarks/speed.py --device $device ${tiny:+--quick} --results "$out/results")
