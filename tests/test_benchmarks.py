@@ -55,7 +55,7 @@ def test_the_second_data_set_and_several_folds(dry, tmp_path):
     results = tmp_path / "runs" / "dry" / "results" / "hippocampus"
     assert sorted(os.listdir(results)) == ["anterior_fold1_seed0.json", "anterior_seed0.json"]
     command = json.loads((results / "anterior_fold1_seed0.json").read_text())["command"]
-    assert "--dims 3 --label 1 --epochs 4 --fold 1" in command
+    assert "--dims 3 --label 1 --fold 1" in command
 
 
 @pytest.mark.parametrize("row", accuracy.ROWS)
