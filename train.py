@@ -641,8 +641,8 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
     if (before := old["machine"]["shared"]) != new["machine"]["shared"]:
         warnings.warn(f"the run had {before}: with others the last bits may differ", stacklevel=2)
     done, epochs = len(saved["log"]), new["epochs"]
-    was, now = (new["lr"] * lr_at(done * new["steps"], total * new["steps"], new["schedule"])
-                for total in (old["epochs"], epochs))
+    was = new["lr"] * lr_at(done * new["steps"], old["epochs"] * new["steps"], new["schedule"])
+    now = new["lr"] * lr_at(done * new["steps"], epochs * new["steps"], new["schedule"])
     if done >= epochs:
         warnings.warn(f"{last}: has {done} epochs, --epochs is {epochs}: nothing is left to do", stacklevel=2)
     elif old["epochs"] != epochs:

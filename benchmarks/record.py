@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -41,8 +42,9 @@ def write(path: Path, content: dict) -> None:
 
 def provenance(command: str, device: str) -> dict:
     """What one must know of a measurement to repeat it; `device` as --device has it."""
-    commit, changes = (subprocess.run(["git", *words.split()], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-                       for words in ("rev-parse --short HEAD", "status --porcelain -uno"))
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    changes = git(["git", "status", "--porcelain", "-uno"]).stdout
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(": ")[1] for line in info.splitlines() if "model name" in line), platform.processor())
     hardware = f"CPU, {os.cpu_count()} cores, {model}, {torch.backends.cpu.get_cpu_capability()}"
