@@ -2,6 +2,9 @@
 
     imgaug: https://imgaug.readthedocs.io (augmentation);  NIfTI-1: https://nifti.nimh.nih.gov/nifti-1 (files)
 
+A NIfTI file holds an array (I, J, K) and an *affine*, the 4 x 4 matrix that takes (i, j, k) to mm in the patient: to
+the right, to the front, upwards. A scan is *oblique* where its axes are not quite the patient's.
+
 Contract: a scan is an array (D, H, W), slices first and upright for `imshow`: with axial slices the axes run to the
 patient's superior, posterior and left side (radiological view). Spacing is (D, H, W) in mm. A mask is uint8, 0 or 1.
 A sample is an image, float32 (1, H, W), and its mask, float32 (1, H, W): one slice; in 3D both are (1, D, H, W).
@@ -416,7 +419,7 @@ def resize(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """(D, H, W) array stretched to another shape, linearly; of a uint8 mask, the voxels that are more than half in."""
     if array.shape == tuple(shape):
         return array
-    voxels = torch.from_numpy(np.float32(array))[None, None]
+    voxels = torch.from_numpy(np.ascontiguousarray(array, np.float32))[None, None]
     voxels = F.interpolate(voxels, size=tuple(shape), mode="trilinear", align_corners=False)[0, 0].numpy()
     # Nearest neighbour would shift a mask that is halved by half a fine voxel.
     return np.uint8(voxels > 0.5) if array.dtype == np.uint8 else voxels
@@ -426,7 +429,7 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
     """A scan, or its mask, as the network sees it: the one function that training and prediction share.
 
     Args:
-        array: float32 scan or uint8 mask (D, H, W).
+        array: float32 scan, or uint8 mask of 0 and 1, (D, H, W).
         spacing: (D, H, W) in mm.
         how:
             spacing: (D, H, W) in mm to resample to where a scan's own is more than 15 % off; None for an axis that
@@ -434,15 +437,19 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
             crop: voxels to cut off each border of a slice.
             normalise: "zscore", mean 0 and deviation 1 over the scan; "percentile", the same after clipping to the 0.5
                 and 99.5 percentiles; "minmax", 0 to 1.
+            and, not used here: axis, label, see `read_pair`; size, of a sample; smooth, mm of the Gaussian across the
+                slices of a prediction.
         name: of the scan, for an error.
 
     Returns:
         float16 scan (half the memory; its steps are 1/1000 of a deviation, far below MRI noise) or uint8 mask.
 
     Raises:
-        ValueError: an array that has not three axes, or an unknown way to normalise.
-        DataError: a scan of one value, or one that is not larger than the crop.
+        ValueError: an array that has not three axes, a mask of several labels, or an unknown way to normalise.
+        DataError: a scan of one value, of NaN, or one that is not larger than the crop.
     """
+    if array.dtype == np.uint8 and array.max(initial=0) > 1:
+        raise ValueError(f"{name}: values to {array.max()}; a mask is 0 or 1: take one organ at a time")
     if array.ndim != 3 or how["normalise"] not in ("zscore", "percentile", "minmax"):
         raise ValueError(f"{name}: {array.shape}, {how['normalise']}; expected (D, H, W), zscore, percentile or minmax")
     factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
@@ -457,9 +464,9 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
     if how["normalise"] == "percentile":
         array = array.clip(*np.percentile(array, (0.5, 99.5)).astype(np.float32))
     low, high = float(array.min()), float(array.max())
+    check_range(low, high, name)
     share = "more than 99 % of the voxels are" if how["normalise"] == "percentile" else "every voxel is"
     require(low < high, f"{name}: {share} {low:g}; remove this scan, or try --normalise zscore")
-    check_range(low, high, name)
     if how["normalise"] == "minmax":
         return ((array - low) / (high - low)).astype(np.float16)
     array = array - float(array.mean(dtype=float))  # a Python float: numpy's own would make the array float64
@@ -581,13 +588,19 @@ def import_imgaug():
 def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
     """A function `augment(image, mask, seed) -> (image, mask)` on float32 (..., H, W) and uint8 (..., H, W).
 
-    The same seed gives the same result, in whatever process. Masks are warped with nearest neighbour. All slices of
+    The same seed gives the same result, in whatever process. Masks are warped with nearest neighbour, and what comes in
+    from outside the picture is 0: the mean, of a scan that was z-scored (of CT in HU it would be water). All slices of
     a patch (D, H, W) are warped and scaled alike; only the noise is each slice's own.
 
     Args:
         kind: "none"; "geometry": rotation by -45 to 45 degrees, scale 0.85 to 1.15, elastic deformation; "full": that,
             then contrast, brightness, noise and blur (intensities in deviations of the scan).
+
+    Raises:
+        ValueError: another kind.
     """
+    if kind not in ("none", "geometry", "full"):
+        raise ValueError(f"augment is {kind!r}; choose from none, geometry, full")
     if kind != "none":
         pipeline(kind)  # now, so that a missing library is told before the workers start
     return partial(augment, kind)
@@ -648,7 +661,8 @@ class SliceDataset(Dataset):
         augment: see `augmenter`.
         seed: of the augmentation.
         samples: how many an epoch takes. The data set is as many whole rounds of the slices as hold them, each round
-            augmented otherwise; a loop that takes `samples` of them leaves the rest.
+            augmented otherwise. A loop that takes `samples` of them, in random order, leaves the rest: so it may meet
+            one slice twice, and another not at all.
     """
 
     def __init__(self, scans: Sequence[CachedScan], size: Sequence[int], *, augment: str = "none", seed: int = 0,
@@ -682,7 +696,7 @@ class SliceDataset(Dataset):
 class PatchDataset(SliceDataset):
     """Augmented random patches of cached scans; `dataset[i]` is image and mask, float32 (1, D, H, W).
 
-    An epoch draws as many patches from a scan as would tile it; they lie at random, so some overlap. Where a patch lies
+    A round has as many patches of a scan as would tile it; they lie at random, so some overlap. Where a patch lies
     depends on (seed, epoch, index), like its augmentation.
 
     Args:

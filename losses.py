@@ -4,8 +4,8 @@
     3DV 2016 (the Dice loss; here with the plain sum in the denominator, as in the Dice coefficient itself)
 
 Contract: `loss(logits, target)`, both (B, C, *size) of one shape; logits any real number (no sigmoid before), target
-0 or 1 (not checked: 255, or a label 2, gives a wrong loss). Computed in float32 whatever comes in, also under autocast:
-sums over 10,000s of voxels overflow float16.
+0 or 1 (not checked: 255, a label 2, or a soft label gives a wrong loss). Computed in float32 whatever comes in, also
+under autocast: sums over 10,000s of voxels overflow float16.
 
     from losses import DiceLoss
     loss = DiceLoss()(network(image), mask)
@@ -23,16 +23,20 @@ from torch import Tensor, nn
 class DiceLoss(nn.Module):
     """`1 - 2 * sum(p * y) / (sum(p) + sum(y))` with p = sigmoid(logits), summed over the whole batch and all channels.
 
-    The empty mask: with y = 0 everywhere the loss is about 1 and has almost no gradient, unless p vanishes too (below
-    `smooth`), where it is 0. Dice alone therefore teaches little from a sample without foreground; summed over a batch,
-    which holds other slices too, every false voxel still counts. That is why the sum runs over the batch by default.
+    Several masks: a large organ outvotes a small one. Better take the mean of `loss(logits[:, [c]], target[:, [c]])`
+    over the channels c.
+
+    The empty mask: with y = 0 everywhere the loss is about 1 and has almost no gradient, unless sum(p) vanishes too
+    (below `smooth`), where it is 0. Dice alone therefore teaches little from a sample without foreground; summed over a
+    batch, which holds other slices too, every false voxel still counts. So the sum runs over the batch by default.
 
     Args:
         per_sample: sum over each sample, then average over the batch. Not together with `reduce`.
         smooth: added to numerator and denominator, so that 0/0 is a perfect score. 1 is common too: it softens the
             empty mask and biases small ones.
-        reduce: applied to the sums before they are divided. With several processes it adds those of the others
-            (`torch.distributed.nn.functional.all_reduce`), so that the batch is that of all processes together.
+        reduce: applied to the sums before they are divided. With several processes it adds those of the others, so that
+            the batch is that of all processes together: `train.sum_over_processes`. (`dist.all_reduce` alone passes
+            no gradient on.)
 
     Raises:
         ValueError: logits and target differ in shape (broadcasting would hide it); `per_sample` with `reduce`.

@@ -68,6 +68,7 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
         ValueError: masks that are not bool, differ in shape, or a spacing that does not fit them.
     """
     overlap, prediction, truth = dice(prediction, truth), np.asarray(prediction), np.asarray(truth)
+    spacing = np.asarray(spacing, float)
     if np.shape(spacing) != (truth.ndim,) or not all(0 < step < np.inf for step in spacing):
         raise ValueError(f"spacing is {spacing}; expected {truth.ndim} positive lengths in mm")
 

@@ -5,7 +5,8 @@
 
 Contract: whatever orientation, spacing and size a scan is stored with, its mask is uint8 (1 = organ) of the same shape,
 affine and header codes, and opens on top of it in 3D Slicer or ITK-SNAP. The checkpoint holds the network's arguments
-and the preprocessing, so no flag repeats them. Needs neither imgaug nor OpenCV.
+and the preprocessing, so no flag repeats them. Needs data.py, metrics.py and unet.py beside it, but neither imgaug nor
+OpenCV.
 
     python predict.py imagesTs --checkpoint runs/left-atrium/last.pt --out masks
     python predict.py scan.nii.gz --checkpoint last.pt --out masks --largest-component
@@ -34,7 +35,7 @@ from metrics import score
 from unet import UNet
 
 VERSION = 4  # of the checkpoint; train.py writes it, load_checkpoint understands it
-# The fields of its scan's header that a mask has, too, begin so: where the voxels lie, and nothing of what they meant.
+# So begin the header fields that a mask copies from its scan: where the voxels lie, and nothing of what they meant.
 GEOMETRY = ("pixdim", "xyzt", "q", "sform", "srow")
 
 # ------------------------------------------------------------------------------------------------ device and precision
@@ -131,6 +132,7 @@ def predict_batch(net: UNet, images: np.ndarray, precision: torch.dtype = torch.
 def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None = None, smooth: float = 0,
                    precision: torch.dtype = torch.float32, batch_size: int = 16) -> np.ndarray:
     """Probabilities float32 (D, H, W) of a preprocessed volume (D, H, W), on the host: the GPU holds one batch of it.
+    By a network of one channel and one mask.
 
     A window of `size`, the (H, W) or (D, H, W) of training, moves over the volume: a network sees the padding at the
     border of its input, and loses Dice where it is given other sizes than it was trained on. A smaller volume is padded
@@ -138,8 +140,8 @@ def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None 
     windows go through the network at a time. In 2D it sees each slice alone; neighbours are then averaged by a Gaussian
     of `smooth` slices deviation.
     """
-    size = tuple(size or volume.shape[-net.dims :])
-    window = size if net.dims == 3 else (len(volume), *size)
+    size = tuple(volume.shape[-net.dims :] if size is None else size)
+    window = size if net.dims == 3 else (len(volume), *size)  # in 2D it holds all slices, which `answer` takes apart
 
     def answer(windows: np.ndarray) -> np.ndarray:  # (N, D, H, W)
         images = windows.reshape(-1, *size)
@@ -156,7 +158,7 @@ def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndar
                    overlap: float = 0.5) -> np.ndarray:
     """Move a window of `size` over a volume (D, H, W), and average what `function` makes of it, in the same shape.
 
-    The windows go through `function` in pairs: alone, PyTorch would not use a CPU's fast convolutions on a small one.
+    The windows go through `function` in pairs: alone, a small one in 3D would not get a CPU's fast convolutions.
     Neighbouring windows share at least `overlap` of their length. Each counts with a Gaussian about its centre, of
     deviation `size / 8`: a network knows least at the border of what it sees (Isensee et al. 2021).
     """
@@ -215,7 +217,8 @@ def find_scans(paths: Sequence[str], labelled: bool = False) -> dict[str, Path]:
     return data.by_name(files)
 
 
-def predict_scan(path: Path, net: UNet, how: dict, precision: torch.dtype, batch_size: int) -> tuple[Scan, np.ndarray]:
+def predict_scan(path: str | Path, net: UNet, how: dict, precision: torch.dtype = torch.float32,
+                 batch_size: int = 16) -> tuple[Scan, np.ndarray]:
     """A scan file, and the probabilities float32 (D, H, W) on its own grid; `how`: the checkpoint's preprocessing."""
     scan = data.read_scan(path, how["axis"])
     volume = data.preprocess(scan.array, scan.spacing, how, path)

@@ -1,7 +1,7 @@
-"""Train a U-Net to segment an organ in MRI: the loop that Lightning would run, written by hand.
+r"""Train a U-Net to segment an organ in MRI: the loop that Lightning would run, written by hand.
 
 `fit_loop`, right below, is the training: four stations an epoch, train, evaluate, save, log. `fit_lightning` is the
-same by lightning.Trainer. Then come the pieces that both call; `prepare`, which makes a run; and the command line.
+same by lightning.Trainer. Then come the pieces that they call; `prepare`, which makes a run; and the command line.
 
 Contract: a folder of NIfTI scans and masks in (`data.py` names the layouts), a run folder out: last.pt, best.pt (the
 epoch of the highest validation Dice), log.csv, split.json, args.json, pictures; TensorBoard events under --tensorboard.
@@ -17,7 +17,7 @@ What the default reaches, on what data and in how many minutes: see the README.
     python train.py --data Task02_Heart --engine lightning      # the same run by lightning.Trainer
     torchrun --nproc-per-node 4 train.py --data Task02_Heart    # four GPUs of one machine
     # the recipe that this project started from:
-    python train.py --data Task02_Heart --width 64 --depth 3 --stem 1 --norm none --loss dice --lr 1e-4 \\
+    python train.py --data Task02_Heart --width 64 --depth 3 --stem 1 --norm none --loss dice --lr 1e-4 \
         --schedule constant --weight-decay 0 --clip 0 --augment geometry --normalise minmax --crop 32
 """
 
@@ -49,7 +49,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
@@ -264,13 +263,15 @@ def progress(run: Run, epoch: int, losses: list[Tensor]) -> Iterator[list[Tensor
     """The batches of an epoch, and on a terminal a bar with the last loss. Soon it says how long the run will take."""
     hidden = None if run.rank == 0 else True  # None: where there is no terminal
     batches, steps = islice(run.loader, run.args.steps), run.args.steps
-    bar, started = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=hidden), time.perf_counter()
+    bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=hidden)
     for i, batch in enumerate(bar):
+        if i == 1:  # the first step starts workers, and on a GPU the search for the fastest convolutions
+            started = time.perf_counter()
         if i % 20 == 1 and not bar.disable:
             bar.set_postfix(loss=f"{losses[-1].item():.4f}")  # waits for the GPU, so not at every step
         if i == 20 and epoch == (len(run.saved["log"]) if run.saved else 0):
             steps_left = (run.args.epochs - epoch) * steps - i
-            say(f"training   {time_left((time.perf_counter() - started) / i * steps_left)}, besides validation")
+            say(f"training   {time_left((time.perf_counter() - started) / (i - 1) * steps_left)}, besides validation")
         yield batch
 
 
@@ -427,7 +428,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 32, "depth": 2, "epochs": 18}}
-SMOOTH = 1.5  # mm over which slices are averaged at prediction, in 2D
+SMOOTH = 1.5  # mm, deviation of the Gaussian that averages slices at prediction, in 2D
 LARGEST_PATCH = (20, 32, 32)  # times the stem: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
 # What a resumed run may change: where and how it runs; and --epochs, which moves the learning rate: `compare` says so.
 MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "workers", "compile", "epochs"}
@@ -459,10 +460,11 @@ def prepare(args: argparse.Namespace) -> Run:
     machine = describe(device, workers, world_size)
     say("\n".join(f"{name:10} {value}" for name, value in machine.items()))
 
-    saved = find_checkpoint(args)                                                       # Trainer.fit(ckpt_path=)
+    last = Path(args.out or "", "last.pt")                                              # Trainer.fit(ckpt_path=)
+    saved = predict.load_checkpoint(last) if args.resume and last.exists() else None
     train_scans, val_scans, kept = load_data(args, saved)                               # DataModule.setup
     size = kept["preprocess"]["size"]
-    lowest = math.ceil(size[0] / (args.stem * 2**args.depth))  # depth of the maps there, of a padded patch
+    lowest = math.ceil(size[0] / (args.stem * 2**args.depth))  # depth of the lowest maps; above one of 1 lies one of 2
     if args.dims == 3 and device.type == "cpu" and (lowest == 2 or lowest == 1 and args.depth > 0):
         precision = torch.float32  # PyTorch's bfloat16 gradients are wrong at a depth of 2 there: see the README
     # What was chosen, so that a run that goes on elsewhere is refused another.
@@ -494,7 +496,7 @@ def prepare(args: argparse.Namespace) -> Run:
         net.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
     recipe = {"version": predict.VERSION, "network": network, **kept, "machine": machine, "args": vars(args)}
     if saved:
-        compare(saved, recipe, Path(args.out, "last.pt"))
+        compare(saved, recipe, last)
     out = [claim_folder(args, machine) if rank == 0 else None]
     if world_size > 1:
         dist.broadcast_object_list(out)
@@ -509,8 +511,16 @@ def prepare(args: argparse.Namespace) -> Run:
 def make_loss(name: str, world_size: int) -> nn.Module:
     """The loss of a name. Dice is that of the batch of all processes together, not the mean of one Dice for each."""
     if world_size > 1 and name != "bce":
-        return LOSSES[name](reduce=all_reduce)
+        return LOSSES[name](reduce=sum_over_processes)
     return LOSSES[name]()
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of all processes' x. In the backward pass each takes the gradient of its own x, times their number: DDP
+    will average over them."""
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total + dist.get_world_size() * (x - x.detach())  # which is 0, and carries the gradient
 
 
 def share_cores(args: argparse.Namespace, device: torch.device) -> int:
@@ -520,7 +530,7 @@ def share_cores(args: argparse.Namespace, device: torch.device) -> int:
     of the default took 119 ms without workers, 77 with one worker and one thread, 113 with one worker and two threads.
     In 3D a step outweighs its samples, and all cores take part: 362 with one thread, 310 with two threads and a worker
     that gives way to them (see `start_worker`), 280 with two such workers. A GPU needs no threads, and as many workers
-    as can be had: a core augments about 350 slices a second.
+    as can be had: a core augments about 300 slices a second, and an H200 takes 1,300 in 2D, bound by its launches.
     """
     cores = max(data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     workers = args.workers
@@ -604,10 +614,10 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
         median_shape = np.minimum(median_shape, np.multiply(LARGEST_PATCH, args.stem))
     size = args.size or [math.ceil(0.95 * length / multiple) * multiple for length in median_shape]
     enough = max(size) > multiple and min(size[-2:]) >= multiple
-    require(enough, f"--size {size}: one voxel is left on the lowest level; lower --depth, or take above {multiple}")
+    require(enough, f"--size {size}: too small for its lowest level; lower --depth, or take {multiple} a side and more")
     # As many samples as a step of bounded time can hold.
-    least, voxels = (4, 100_000) if args.dims == 2 else (2, 2 * math.prod(LARGEST_PATCH))
-    samples = voxels // math.ceil(math.prod(size) / args.stem**args.dims)
+    least, points = (4, 100_000) if args.dims == 2 else (2, 2 * math.prod(LARGEST_PATCH))  # of the first level's maps
+    samples = points // math.ceil(math.prod(size) / args.stem**args.dims)
     args.batch_size = args.batch_size or max(least, min(samples, 16))
     return train, val, {"split": split, "preprocess": how | {"size": size}, "files": data.checksums(pairs)}
 
@@ -620,13 +630,6 @@ def keep_split(pairs: Sequence[data.Pair], split: dict[str, list[str]], root: st
     if added := [pair.name for pair in pairs if pair.name not in known]:
         warnings.warn(f"{root}: added since the run began, left out: {listed(added)}", stacklevel=2)
     return [pair for pair in pairs if pair.name in known]
-
-
-def find_checkpoint(args: argparse.Namespace) -> dict | None:
-    """The checkpoint to go on from, or None for a new run."""
-    if args.resume and Path(args.out, "last.pt").exists():
-        return predict.load_checkpoint(Path(args.out, "last.pt"))
-    return None
 
 
 def compare(saved: dict, recipe: dict, last: Path) -> None:

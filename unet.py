@@ -72,13 +72,15 @@ def upsample(x: Tensor) -> Tensor:
     """Twice the size, linearly interpolated."""
     x = F.interpolate(x, scale_factor=2, mode="bilinear" if x.ndim == 4 else "trilinear")
     if x.requires_grad and x.device.type == "cpu":
-        # `torch.cat` hands back a gradient with gaps, on which PyTorch's upsampling is several times slower.
+        # `torch.cat` hands back a gradient with gaps, on which PyTorch's upsampling is several times slower. Where none
+        # is needed, autograd may hand back None.
         x.register_hook(lambda gradient: gradient if gradient is None else gradient.clone())
     return x
 
 
 def space_to_depth(x: Tensor, n: int) -> Tensor:
-    """(B, C, H, W) to (B, C * n * n, H / n, W / n): the voxels of each n x n block become channels. In 3D likewise."""
+    """(B, C, H, W) to (B, C * n * n, H / n, W / n): the voxels of each n x n block become channels. In 3D likewise, for
+    which `F.pixel_unshuffle` has no form."""
     batch, channels, *size = x.shape
     blocks = x.reshape(batch, channels, *(part for length in size for part in (length // n, n)))
     coarse, fine = range(2, blocks.ndim, 2), range(3, blocks.ndim, 2)
@@ -122,7 +124,8 @@ class UNet(nn.Module):
     def __init__(self, *, in_channels: int = 1, out_channels: int = 1, dims: int = 2, width: int = 64, depth: int = 3,
                  norm: str = "batch", attention: bool = False, stem: int = 1):
         super().__init__()
-        checks = ("dims", dims, CONV), ("norm", norm, NORM), ("depth", depth, range(9)), ("stem", stem, range(1, 9))
+        checks = (("dims", dims, CONV), ("norm", norm, NORM), ("depth", depth, range(9)), ("stem", stem, range(1, 9)),
+                  ("attention", attention, (False, True)))
         for name, value, choices in checks:
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose from {', '.join(map(str, choices))}")
@@ -132,16 +135,16 @@ class UNet(nn.Module):
         self.dims, self.in_channels, self.stem = dims, in_channels, stem
         self.multiple = stem * 2**depth  # what a size is padded up to
 
-        block = stem**dims  # voxels that become channels
+        voxels = stem**dims  # of a block, which become channels
         widths = [width * 2**level for level in range(depth + 1)]  # 64, 128, 256, 512 with the defaults
         levels = list(zip(widths[:-1], widths[1:], strict=True))  # (fine, coarse) of each level, finest first
-        inputs = [in_channels * block, *widths]  # channels that each level is given
+        inputs = [in_channels * voxels, *widths]  # channels that each level is given
         self.down = nn.ModuleList(DoubleConv(inputs[i], widths[i], dims=dims, norm=norm) for i in range(depth))
         self.pool = POOL[dims](kernel_size=2)
         self.bottom = DoubleConv(inputs[depth], widths[depth], dims=dims, norm=norm)
         self.gates = nn.ModuleList(AttentionGate(fine, coarse, dims=dims) for fine, coarse in levels[::-1] if attention)
         self.up = nn.ModuleList(DoubleConv(fine + coarse, fine, dims=dims, norm=norm) for fine, coarse in levels[::-1])
-        self.head = CONV[dims](width, out_channels * block, kernel_size=1)
+        self.head = CONV[dims](width, out_channels * voxels, kernel_size=1)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -171,11 +174,12 @@ class UNet(nn.Module):
             x = upsample(x)                                                         #                         │  │  │
             skip = self.gates[level](skips.pop(), x) if self.gates else skips.pop() #     (B, 256, H/4, W/4) ◁┘  │  │
             x = block(torch.cat([skip, x], dim=1))                                  #   (B, 128, H/2, W/2) ◁─────┘  │
-        x = self.head(x)                                                            # (B,  64, H,   W  ) ◁──────────┘
+                                                                                    # (B,  64, H,   W  ) ◁──────────┘
+        x = self.head(x)                                                            # (B,   1, H,   W  )
 
         if self.stem > 1:
             x = depth_to_space(x, self.stem)
-        return F.pad(x, [-n for n in padding])  # what was padded, off again        # (B,   1, H,   W  )
+        return F.pad(x, [-n for n in padding])  # what was padded, off again
 
     @torch.no_grad()
     def predict(self, x: Tensor, threshold: float | None = None) -> Tensor:

@@ -126,7 +126,7 @@ def render_slice(volumes: Sequence, n: int, zoom: Sequence[float], axis: int = 0
 
 
 def colour(values: np.ndarray, colours: str = "viridis") -> np.ndarray:
-    """Values from 0 to 1, or uint8, as RGB: from blue to yellow."""
+    """Values from 0 to 1, or uint8, as RGB: from purple to yellow."""
     return colormaps[colours](values, bytes=True)[..., :3]
 
 
@@ -366,7 +366,7 @@ def layers(net, image: np.ndarray, axis: int = 2) -> Figure:
             shown = [colour((m - m.min()) / max(np.ptp(m), 1e-9)) for m in sorted(maps, key=np.std)[:-9:-1]]
             picture = tile([np.array(Image.fromarray(m).resize(size, Image.Resampling.NEAREST)) for m in shown], 4)
         else:
-            title = "slice" if name == "slice" else f"{name}, 0 (blue) to 1 (yellow)"
+            title = "slice" if name == "slice" else f"{name}, 0 (purple) to 1 (yellow)"
             title = title.replace("gate", "skip, times gate")
             picture = overlay_masks(grey(maps[0]), []) if name == "slice" else colour(maps[0])
             picture = mark(np.array(Image.fromarray(picture).resize(2 * size)), LETTERS[axis])

@@ -63,7 +63,7 @@ def costs(records: list[dict]) -> dict[str, str]:
     took = [f"{np.mean(machines[name]):.1f} on {name}" for name in sorted(machines, reverse=True)]
     measured = [record["memory"] for record in records if "memory" in record]
     peaks = [max((memory[key] for memory in measured), default=math.nan) for key in ("processes_gb", "gpu_gb")]
-    held = [f"{text}{peak:.1f} GB" for text, peak in zip(("", "GPU "), peaks, strict=True) if peak > 0]
+    held = [f"{text}{peak:.2g} GB" for text, peak in zip(("", "GPU "), peaks, strict=True) if peak > 0]
     return {"minutes": "; ".join(took), "memory": ", ".join(held), "runs": f"{len(records)}"}
 
 

@@ -170,7 +170,7 @@ def test_tables_are_of_what_there_is(tmp_path, monkeypatch, capsys):
     expected = {"README.md": [
         f"| `python train.py --data DIR {words}` | 5.0 on 2 cores of X, AVX2 | 2.9 GB | 0.9100 ± 0.0100 | 0.9000 |",
         "| 3 | 0.9000 |\n",  # three runs; all folds, of seed 0
-        "| `python train.py --data DIR` | 5.0 on Card | 3.0 GB, GPU 1.5 GB |",
+        "| `python train.py --data DIR` | 5.0 on Card | 3 GB, GPU 1.5 GB |",
     ], "benchmarks/README.md": [
         f"the short run: `{words}` | 0.9100 ± 0.0100 | 0.9000 |", "| `short` | 80 | 0.9000 ± 0.0000 |",
         "| step, Card | a / b | 1.5 | 1 to 2 | at most 1 | **no** | abc |",

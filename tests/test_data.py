@@ -148,7 +148,7 @@ def test_undo_preprocess_puts_a_mask_back_without_a_shift(spacing, crop):
     d, h, w = np.mgrid[:9, :32, :42]
     ball = ((d - 4) ** 2 * 4 + (h - 15) ** 2 + (w - 20) ** 2 < 64).astype(np.uint8)
     how = HOW | {"crop": crop}
-    seen = data.preprocess(ball, spacing, how)
+    seen = data.preprocess(ball[::-1], spacing, how)  # the same ball, with a negative stride
     assert seen.dtype == np.uint8 and set(np.unique(seen)) == {0, 1}
     voxel = ball.shape * np.array([1, *spacing[1:]]) / (seen.shape + np.array([0, 2 * crop, 2 * crop]))  # of the seen
     mm = (np.array(ndimage.center_of_mass(seen)) + 0.5 + [0, crop, crop]) * voxel  # from the corner of the scan
@@ -181,6 +181,8 @@ def test_normalisation():
     ]:
         with pytest.raises(ValueError, match=f"^a.nii: {told}"):
             made(array, kind)
+    with pytest.raises(ValueError, match="values to 9; a mask is 0 or 1"):  # resampled, two labels became one
+        data.preprocess(np.uint8(dark), (1, 1, 1), HOW)
 
 
 def test_crop_or_pad_about_the_centre():
@@ -299,6 +301,8 @@ def test_augmentation_is_as_strong_as_it_says_and_takes_image_and_mask_together(
     """It could be made ten times weaker unnoticed. Of each number that is drawn: its middle and spread, uniform."""
     h, w = np.indices((128, 128))
     mask = np.uint8((h - 63.5) ** 2 + (w - 93.5) ** 2 < 20**2)  # a disc 30 pixels to the right of the centre
+    with pytest.raises(ValueError, match="Full.*choose"):  # was taken for "geometry"
+        data.augmenter("Full")
     image, augment, seen = np.float32(mask), data.augmenter("full"), []
     for seed in range(200):
         moved, moved_mask = augment(4 * image, mask, seed)

@@ -24,9 +24,9 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (458, set()),
-    "predict": (205, {"data", "metrics", "unet"}),
-    "train": (588, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "data": (462, set()),
+    "predict": (206, {"data", "metrics", "unet"}),
+    "train": (590, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (319, {"data", "predict"}),
     "phantom": (140, set()),
 }

@@ -87,7 +87,8 @@ def test_predict_gives_probabilities_or_a_mask_and_leaves_each_part_in_its_mode(
 
 
 @pytest.mark.parametrize("wrong", [{"dims": 4}, {"norm": "layer"}, {"width": 0}, {"depth": -1}, {"depth": 30},
-                                   {"out_channels": 0}, {"stem": 0}, (1, 8, 8), (1, 2, 8, 8), (1, 1, 8, 8, 8)])
+                                   {"out_channels": 0}, {"stem": 0}, {"attention": "none"}, (1, 8, 8), (1, 2, 8, 8),
+                                   (1, 1, 8, 8, 8)])
 def test_wrong_arguments_and_shapes_are_told(wrong):
     told = str(next(iter(wrong.values()))) if isinstance(wrong, dict) else r"takes \(B, 1, H, W\)"
     with pytest.raises(ValueError, match=told):

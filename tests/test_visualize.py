@@ -266,8 +266,8 @@ def test_player_in_a_browser(window, fills, files, tmp_path):
 
 @pytest.mark.parametrize("network, shape, expected", [
     ({"depth": 2, "attention": True}, (22, 31), {
-        "slice": (0, 0), "probability, 0 (blue) to 1 (yellow)": (0, 2), "down 1: 4 of 4 channels, 24 x 32": (1, 0),
-        "skip, times gate 1, 0 (blue) to 1 (yellow)": (1, 1), "down 2: 8 of 8 channels, 12 x 16": (2, 0),
+        "slice": (0, 0), "probability, 0 (purple) to 1 (yellow)": (0, 2), "down 1: 4 of 4 channels, 24 x 32": (1, 0),
+        "skip, times gate 1, 0 (purple) to 1 (yellow)": (1, 1), "down 2: 8 of 8 channels, 12 x 16": (2, 0),
         "up 2: 8 of 8 channels, 12 x 16": (2, 2), "bottom: 8 of 16 channels, 6 x 8": (3, 1)}),
     ({"depth": 0}, (22, 31), {"slice": (0, 0), "bottom: 4 of 4 channels, 22 x 31": (1, 1)}),
     ({"depth": 1, "stem": 2}, (22, 31), {"down 1: 4 of 4 channels, 12 x 16": (1, 0)}),
