@@ -334,6 +334,10 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
         warnings.warn(f"{path}: {(~finite).sum()} voxels are NaN or infinite; set to the lowest other", stacklevel=2)
         voxels = np.where(finite, voxels, voxels[finite].min())
     check_range(float(voxels.min()), float(voxels.max()), path)  # before float32, which holds less
+    if not image.header["sform_code"] and not image.header["qform_code"]:
+        warnings.warn(f"{path}: its header gives no orientation; left and right are a guess", stacklevel=2)
+    if np.linalg.cond(image.affine[:3, :3] / nib.affines.voxel_sizes(image.affine)) > 1.05:  # 1 at right angles
+        warnings.warn(f"{path}: its axes are not at right angles; mm and ml are not exact", stacklevel=2)
     spacing = np.array(patient_spacing(image))[list(PATIENT_AXES[axis])]
     return Scan(np.array(voxels, np.float32, order="C"), tuple(spacing.tolist()), image, axis)
 
@@ -445,13 +449,15 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
         float16 scan (half the memory; its steps are 1/1000 of a deviation, far below MRI noise) or uint8 mask.
 
     Raises:
-        ValueError: an array that has not three axes, a mask of several labels, or an unknown way to normalise.
+        ValueError: an array of other axes or another dtype, a mask of several labels, or an unknown way to normalise.
         DataError: a scan of one value, of NaN, or one that is not larger than the crop.
     """
     if array.dtype == np.uint8 and array.max(initial=0) > 1:
         raise ValueError(f"{name}: values to {array.max()}; a mask is 0 or 1: take one organ at a time")
-    if array.ndim != 3 or how["normalise"] not in ("zscore", "percentile", "minmax"):
-        raise ValueError(f"{name}: {array.shape}, {how['normalise']}; expected (D, H, W), zscore, percentile or minmax")
+    sound = array.ndim == 3 and array.dtype in (np.float32, np.uint8)
+    if not sound or how["normalise"] not in ("zscore", "percentile", "minmax"):
+        raise ValueError(f"{name}: {array.dtype} {array.shape}, {how['normalise']}; expected (D, H, W) of float32, or "
+                         "of uint8, a mask; zscore, percentile or minmax")
     factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
     # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales anyway.
     if any(abs(factor - 1) > 0.15 for factor in factors):
@@ -614,7 +620,8 @@ def pipeline(kind: str):
 
     steps = [
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45)),
-        iaa.ElasticTransformation(alpha=(0.0, 40.0), sigma=(4.0, 8.0)),  # noise of `alpha` pixels, smoothed by `sigma`
+        # Noise of `alpha` pixels, smoothed by `sigma`, which leaves about one of them.
+        iaa.ElasticTransformation(alpha=(0.0, 40.0), sigma=(4.0, 8.0)),
     ]
     if kind == "full":
         steps += [
@@ -669,7 +676,7 @@ class SliceDataset(Dataset):
                  samples: int = 1):
         self.scans, self.size, self.seed, self.samples = list(scans), tuple(size), seed, samples
         # Scan and slice of each sample of a round.
-        self.table = [(i, d) for i, scan in enumerate(self.scans) for d in range(len(scan.open("image")))]
+        self.table = [(i, d) for i, scan in enumerate(self.scans) for d in range(len(scan.open("mask")))]
         self.augment = augmenter(augment)
         # In shared memory, so that workers that live through all epochs (persistent_workers) see it change.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()

@@ -62,7 +62,7 @@ def score(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -
         jaccard: |P and T| / |P or T|, 0 to 1.
         hd95, assd: 95th percentile and mean of the surface distances of both directions, pooled, in mm (as in MedPy
             0.5, which the left-atrium literature uses; MONAI's hd95 is the larger of the two directed percentiles).
-        volume_ml, truth_ml: volume of prediction and truth, in 3D.
+        volume_ml, truth_ml: volume of prediction and truth; of 2D masks the area in mm2, over 1000.
 
     Raises:
         ValueError: masks that are not bool, differ in shape, or a spacing that does not fit them.

@@ -21,6 +21,7 @@ import itertools
 import math
 import re
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version, *_ = (checkpoint[key] for key in ("version", "model", "network", "preprocess", "split", "doubt_below"))
+        version, *_ = [checkpoint[key] for key in ("version", "model", "network", "preprocess", "split", "files",
+                                                   "doubt_below")]
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
         reason = "damaged, or no checkpoint of train.py"
         if isinstance(error, FileNotFoundError):
@@ -266,9 +268,13 @@ def predict(args: argparse.Namespace) -> list[dict]:
     labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
-    if labels and (seen := scans.keys() & split["train"]):
-        print(f"note: {len(seen)} of {len(scans)} scans have names that the network was trained on; "
-              "scores on them say nothing about new scans (--held-out leaves them out)", file=sys.stderr)
+    if labels:  # by name, and by content: scans may have been numbered anew
+        known = {scan for name, (scan, *_) in checkpoint["files"].items() if name in split["train"]}
+        seen = [name for name, path in scans.items()
+                if name in split["train"] or zlib.crc32(path.read_bytes()) in known]
+        if seen:
+            print(f"note: the network was trained on {len(seen)} of these {len(scans)} scans: {data.listed(seen)}; "
+                  "scores on them say nothing about new scans", file=sys.stderr)
     targets = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
     both = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in targets.values()}
@@ -287,8 +293,11 @@ def predict(args: argparse.Namespace) -> list[dict]:
         write_on_scan_grid(targets[name], mask, scan)
     print(f"{len(rows)} masks in {args.out}")
     for row in rows:
-        if row["confidence"] < checkpoint["doubt_below"]:
-            print(f"{row['name']}: doubtful, confidence {row['confidence']:.3f}, below {checkpoint['doubt_below']:.3f}")
+        name = data.printable(row["name"])
+        if row["confidence"] == 0:
+            print(f"{name}: empty, no voxel is called organ")
+        elif row["confidence"] < checkpoint["doubt_below"]:
+            print(f"{name}: doubtful, confidence {row['confidence']:.3f}, below {checkpoint['doubt_below']:.3f}")
     if labels:
         data.write_csv(Path(args.out, "scores.csv"), rows)
         print(f"{summarise(rows)}\n{args.out}/scores.csv")

@@ -482,7 +482,7 @@ def prepare(args: argparse.Namespace) -> Run:
     say(f"data       {len(train_scans)} scans to train on, {len(val_scans)} to validate on; batches of "
         f"{args.batch_size} {'slices' if args.dims == 2 else 'patches'} of {' x '.join(map(str, size))}")
 
-    names = ("dims", "width", "depth", "norm", "attention", "stem")
+    names = ("dims", "width", "depth", "norm", "attention", "stem")  # one channel and one mask, here and in prediction
     network = {name: getattr(args, name) for name in names}
     net = UNet(**network)                                                               # configure_model
     if world_size > 1 and device.type == "cuda":
@@ -510,7 +510,7 @@ def prepare(args: argparse.Namespace) -> Run:
 
 def make_loss(name: str, world_size: int) -> nn.Module:
     """The loss of a name. Dice is that of the batch of all processes together, not the mean of one Dice for each."""
-    if world_size > 1 and name != "bce":
+    if world_size > 1 and name in ("dice", "bce_dice"):  # a mean over voxels, like "bce", DDP averages by itself
         return LOSSES[name](reduce=sum_over_processes)
     return LOSSES[name]()
 
@@ -610,6 +610,8 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     # `multiple`; to save a fifth of the work, up to 5 % of the median length is cut instead.
     multiple = args.stem * 2**args.depth
     median_shape = np.median([scan.open("mask").shape[-args.dims :] for scan in train], axis=0)
+    flat = f"{args.data}: slices are {listed(median_shape[-2:], ' x ')} voxels; choose how to cut them by --axis"
+    require(min(median_shape[-2:]) > 1, flat)
     if args.dims == 3:
         median_shape = np.minimum(median_shape, np.multiply(LARGEST_PATCH, args.stem))
     size = args.size or [math.ceil(0.95 * length / multiple) * multiple for length in median_shape]
@@ -710,7 +712,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DIR", help="imagesTr/ + labelsTr/, or images/ + labels/")
     add("--cache", default="cache", metavar="DIR", help="where preprocessed scans are kept")
-    add("--label", type=int, nargs="+", metavar="N", help="label values that are foreground (default: all but 0)")
+    add("--label", type=positive, nargs="+", metavar="N", help="label values that are foreground (default: all but 0)")
     add("--axis", type=int, choices=(0, 1, 2), help="slice axis, 2: axial (default: that of the coarsest spacing)")
     add("--folds", type=positive, default=5, metavar="N", help="parts to split the scans into")
     add("--fold", default="0", metavar="K", help="the part to validate on, from 0; `all`: train on every scan")
@@ -816,6 +818,7 @@ def closing(args: argparse.Namespace, pairs: dict[str, data.Pair], result: dict,
          "--labels", pair.label.parent],
         ["visualize.py", "movie", pair.image, mask, pair.label, "--out", f"{out}/{name}.html"]]
     commands[0] += ["--held-out"] if name in result["split"]["val"] else []
+    commands[1] += ["--label", *args.label] if args.label else []
     return "\n".join(lines + ["  python " + shlex.join(map(str, command)) for command in commands])
 
 

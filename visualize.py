@@ -520,6 +520,7 @@ def draw(args: argparse.Namespace) -> None:
             elif kind == "overlay":
                 save(overlay(*content, args.count, name, axis), out)
             else:
+                data.require(np.ptp(scan.array), f"{files[0]}: all voxels are equal; there is nothing to augment")
                 n, image = masks[0].sum(axis=(1, 2)).argmax(), (scan.array - scan.array.mean()) / scan.array.std()
                 save(augmented(image[n], masks[0][n], data.augmenter("full"), scan.spacing[1:], axis), out)
     print(out)

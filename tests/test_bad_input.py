@@ -52,7 +52,7 @@ NETWORK = {"dims": 2, "width": 2, "depth": 1, "norm": "none", "attention": False
 HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore", "smooth": 0.0,
        "size": [16, 16]}
 CHECKPOINT = {"version": predict.VERSION, "model": UNet(**NETWORK).state_dict(), "network": NETWORK, "preprocess": HOW,
-              "split": {"train": [], "val": []}, "doubt_below": 0.0}
+              "split": {"train": [], "val": []}, "files": {}, "doubt_below": 0.0}
 FORMATS = "x.nrrd x.nhdr x.MHA x.mhd x.hdr x.img x.mgz x.mgh x.dcm x.nii.bz2 x.nii.xz x.nii.zip x.nii.zst"
 FOREIGN = dict.fromkeys(FORMATS.split(), b"") | {"IM_01": bytes(128) + b"DICM"}
 ZEROS = gzip.compress(bytes(2**24)) * 60  # 1 MB that unpacks to 1 GB
@@ -171,6 +171,8 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("train, data", "labelsTr/a.nii.gz: every voxel is organ", {LABEL: MASK * 0 + 1}, {LABEL: MASK + 1}),
     ("train", "set; foreground; --label; nothing to learn", dict.fromkeys(LABELS, MASK * 0)),
     ("train --label 7", "set; foreground; --label [7]"),
+    ("train --label 0", "--label; from 1"),
+    ("train", "slices are 12 x 1 voxels; --axis", dict.fromkeys(SCANS, SCAN[5:6]) | dict.fromkeys(LABELS, MASK[5:6])),
     ("data", "labelsTr/a.nii.gz: no voxel is foreground; --label", {LABEL: MASK * 0}),
     # -- arguments
     ("train --fold 3, train --fold -1, train --fold x", "--fold; expected 0 to 2"),
@@ -208,6 +210,8 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
 NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("data --label 1, train --label 1", "1 of 3 scans hold no voxel of label 1: a", {LABEL: MASK * 7}),
     ("score, data", "labelsTr/a.nii.gz; 1.0e-05 mm", {LABEL: image(MASK, shift=1e-5)}),
+    ("predict", "imagesTr/a.nii.gz; no orientation; a guess", {A: header(sform_code=0, qform_code=0)}),
+    ("predict", "imagesTr/a.nii.gz; not at right angles; mm and ml", {A: header(srow_x=[1, 0.5, 0, 0])}),
     (SETS, "set/imagesTr: 15 left out; no NIfTI files: IM_01: DICOM; dcm2niix",
      {f"set/imagesTr/{name}": content for name, content in FOREIGN.items()} | {"set/imagesTr/x": {}}),
     ("train, data", "copies of one another: a, b;", dict.fromkeys(SCANS[:2], SOUND)),

@@ -173,16 +173,18 @@ def test_normalisation():
     for scale, kind in product((1e-9, 1e9), kinds):
         assert made(noise * scale, kind).std(dtype=float) == pytest.approx(0.29 if kind == "minmax" else 1, abs=0.02)
     for array, kind, told in [
-        (dark, "none", r"\(6, 20, 20\), none; expected"), (dark * 0, "zscore", "every voxel is 0; remove"),
-        (dark[0], "minmax", r"\(20, 20\), minmax; expected \(D"),
+        (dark, "none", r"float32 \(6, 20, 20\), none; expected"), (dark * 0, "zscore", "every voxel is 0; remove"),
+        (dark[0], "minmax", r"float32 \(20, 20\), minmax; expected \(D"),
         (dark, "percentile", "more than 99 % of the voxels are 0.*--normalise zscore"),  # "every voxel is 0" was untrue
         # Their squares vanish in float32, or are infinite: the scan became infinities, or zeros, without a word.
         *((noise * scale, kind, "voxels are.*scale") for scale in (1e-40, 1e-25, 1e25, 3e38) for kind in kinds),
     ]:
         with pytest.raises(ValueError, match=f"^a.nii: {told}"):
             made(array, kind)
-    with pytest.raises(ValueError, match="values to 9; a mask is 0 or 1"):  # resampled, two labels became one
-        data.preprocess(np.uint8(dark), (1, 1, 1), HOW)
+    # Two labels, resampled, became one; a bool mask was z-scored.
+    for array, told in ((np.uint8(dark), "values to 9; a mask is 0 or 1"), (dark > 0, "bool .* expected")):
+        with pytest.raises(ValueError, match=told):
+            data.preprocess(array, (1, 1, 1), HOW)
 
 
 def test_crop_or_pad_about_the_centre():
@@ -317,10 +319,24 @@ def test_augmentation_is_as_strong_as_it_says_and_takes_image_and_mask_together(
     for (name, (low, high)), values in zip(ranges.items(), np.transpose(seen), strict=True):
         assert values.mean() == pytest.approx((low + high) / 2, abs=0.1 * (high - low)), name
         assert values.std() == pytest.approx((high - low) / np.sqrt(12), rel=0.2), name
+    # Of two equal slices a quarter gets noise, each its own.
+    apart = [np.ptp(augment(np.ones((2, 32, 32), np.float32), np.zeros((2, 32, 32), np.uint8), seed)[0], axis=0).max()
+             for seed in range(200)]
+    assert 30 < np.count_nonzero(apart) < 70
     # All slices of a patch are warped alike, as one alone is: 40, more than OpenCV takes channels at once.
     augment = data.augmenter("geometry")
     patch = augment(np.stack([image] * 40), np.stack([mask] * 40), seed)
     assert all(np.array_equal(many, [one] * 40) for many, one in zip(patch, augment(image, mask, seed), strict=True))
+    # Of a picture of its own places: what rotation and scale leave unexplained is the bending, in pixels. What comes in
+    # from outside is 0.
+    places, bent, outside = np.float32(np.indices(mask.shape)), [], []
+    for seed in range(100):
+        moved, inside = (array[0] if array.ndim > 2 else array for array in augment(places[:1], mask[None], seed))
+        known = np.c_[np.argwhere(inside), np.ones(np.count_nonzero(inside))]
+        found = moved[inside > 0]
+        bent.append(np.std(found - known @ np.linalg.lstsq(known, found, rcond=None)[0]))
+        outside.append((augment(places[:1] * 0 + 1, mask[None], seed)[0] < 0.5).mean())
+    assert 0.4 < np.mean(bent) < 1.4 and np.mean(outside) > 0.05
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

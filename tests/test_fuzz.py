@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_loaded_whole_or_refused(tmp_path):
     """Of 8,000 changed files, 180 ended in an IndexError, TypeError, AttributeError or struct.error."""
     network = {"dims": 2, "width": 2, "depth": 1, "norm": "batch", "attention": False, "stem": 1}
     torch.save({"version": predict.VERSION, "model": UNet(**network).state_dict(), "network": network,
-                "preprocess": {}, "split": {}, "doubt_below": 0.0}, path := tmp_path / "last.pt")
+                "preprocess": {}, "split": {}, "files": {}, "doubt_below": 0.0}, path := tmp_path / "last.pt")
     content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
     for _ in range(300):
         path.write_bytes(mutate(rng, content, 3000))  # the pickle comes first

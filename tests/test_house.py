@@ -24,10 +24,10 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (462, set()),
-    "predict": (206, {"data", "metrics", "unet"}),
-    "train": (590, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (319, {"data", "predict"}),
+    "data": (468, set()),
+    "predict": (215, {"data", "metrics", "unet"}),
+    "train": (593, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "visualize": (320, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -62,7 +63,7 @@ def job(truth, tmp_path, monkeypatch):
 
     def command(*more, how=PREPROCESS, **changes):
         content = {"version": predict.VERSION, "model": UNet(**TINY).state_dict(), "network": TINY, "preprocess": how,
-                   "split": {"train": ["seen"], "val": ["kept"]}, "doubt_below": 0.0}
+                   "split": {"train": ["seen"], "val": ["kept"]}, "files": {}, "doubt_below": 0.0}
         torch.save(content | changes, file := tmp_path / "checkpoint.pt")
         words = [tmp_path / "scans", "--checkpoint", file, "--out", tmp_path / "out", "--device", "cpu", *more]
         return [*map(str, words), "--precision", "fp32"]
@@ -98,19 +99,26 @@ def test_scores_a_bar_and_a_note_where_scans_were_trained_on(job, truth, tmp_pat
     (row,) = csv.DictReader((tmp_path / "out" / "scores.csv").open())
     assert row["name"] == "kept" and float(row["dice"]) == 1 and float(row["hd95"]) == 0
     assert float(row["truth_ml"]) == pytest.approx(truth.sum() * 2.7 / 1000)
-    note = "1 of 1 scans have names that the network was trained on"
+    note = "the network was trained on 1 of these 1 scans: "
     assert note not in terminal.getvalue()
-    assert predict.main(job("--labels", tmp_path / "labels", split={"train": ["kept"], "val": []})) == 0
-    assert note in terminal.getvalue()
+    # By its name; and numbered anew, by its content: held out, the name said.
+    sums = {"seen": [zlib.crc32((tmp_path / "scans/kept.nii.gz").read_bytes()), 0]}
+    for n, changes in enumerate(({"split": {"train": ["kept"], "val": []}}, {"files": sums}), start=1):
+        assert predict.main(job("--labels", tmp_path / "labels", *["--held-out"][: n - 1], **changes)) == 0
+        assert terminal.getvalue().count(note) == n
 
 
 @pytest.mark.parametrize("below", [0.0, 1.1, np.nan])
-def test_a_mask_is_called_doubtful_where_its_confidence_is_lower_than_in_validation(job, tmp_path, capsys, below):
+def test_a_mask_is_called_doubtful_where_its_confidence_is_lower_than_in_validation(job, tmp_path, capsys, below,
+                                                                                  monkeypatch):
     """After a validation that could not say how sure it was, none is. A row has these keys."""
     (row,) = predict.predict(predict.parse_args(job("--largest-component", doubt_below=below)))
     assert ("kept: doubtful, confidence" in capsys.readouterr().out) == (below == 1.1)
     assert row == {"name": "kept", "mask": str(tmp_path / "out" / "kept.nii.gz"), "confidence": row["confidence"]}
     assert 0 <= row["confidence"] <= 1 and Path(row["mask"]).exists()
+    monkeypatch.setattr(Ideal, "forward", lambda self, x: x * 0 - 20)
+    predict.predict(predict.parse_args(job(doubt_below=below)))
+    assert "kept: empty" in capsys.readouterr().out
 
 
 def test_runs_without_imgaug_and_opencv(job, tmp_path):
@@ -164,7 +172,7 @@ def test_networks_of_one_checkpoint_share_nothing_and_a_second_mask_is_not_dropp
     places = [{tensor.data_ptr() for tensor in weights.values()} for weights in (
         checkpoint["model"], *(predict.load_network(checkpoint).state_dict() for _ in range(2)))]
     assert len(set.union(*places)) == sum(map(len, places))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="reshape"):
         predict.predict_volume(predict.load_network(checkpoint), volume_of(3, 8, 8))
 
 

@@ -50,10 +50,11 @@ def test_doubt_begins_two_deviations_below_the_scans_in_which_something_was_foun
 
 def test_losses_have_names():
     for name, kind in train.LOSSES.items():
-        assert type(train.make_loss(train.parse_args(["--data", "", "--loss", name]).loss, 1)) is kind
+        loss = train.parse_args(["--data", "", "--loss", name]).loss
+        assert all(type(train.make_loss(loss, processes)) is kind for processes in (1, 2))
     for processes in (1, 2):
         with pytest.raises(KeyError):
-            train.make_loss("focal", processes)
+            train.make_loss("no such loss", processes)
 
 
 @pytest.mark.parametrize(("changes", "stem"), [("", 4), ("--spacing 1.2", 2), ("--dims 3", 2), ("--stem 1", 1)])
@@ -164,11 +165,12 @@ def test_seed_decides_and_workers_do_not(quick, tmp_path):
 
 def test_it_overfits_one_scan(quick, capsys):
     """If one scan cannot be learnt by heart, nothing else can be. It is not held out, and no command says so."""
-    changes = "--steps 7 --overfit 1 --fold all --epochs 32 --width 8 --batch-size 2 --lr 1e-2"
+    changes = "--steps 7 --overfit 1 --fold all --epochs 32 --width 8 --batch-size 2 --lr 1e-2 --label 1"
     first, *_, last = run(*quick, *changes.split())["log"]
     assert last["val/dice"] > 0.8 and last["train/loss"] < 0.4 * first["train/loss"]
     shown = capsys.readouterr().out
     assert "\nla_000 " in shown and "predict.py" in shown and "--held-out" not in shown
+    assert ".html --label 1\n" in shown  # else the movie would score all labels
 
 
 @pytest.mark.parametrize("loss", sorted(train.LOSSES.keys() - {"bce"}))

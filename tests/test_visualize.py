@@ -303,7 +303,7 @@ def test_layers_command_shows_where_the_network_sees_most(size, dims, shape, fil
     network, checkpoint, out = {"width": 2, "depth": 1, "dims": dims}, str(tmp_path / "x.pt"), tmp_path / "layers.png"
     how = {"axis": 2, "label": None, "spacing": [None] * 3, "crop": 0, "normalise": "zscore", "size": size, "smooth": 0}
     torch.save({"version": predict.VERSION, "model": UNet(**network).state_dict(), "network": network,
-                "preprocess": how, "split": {"train": [], "val": []}, "doubt_below": 0.0}, checkpoint)
+                "preprocess": how, "split": {"train": [], "val": []}, "files": {}, "doubt_below": 0.0}, checkpoint)
     assert visualize.main(["layers", checkpoint, files[0], "--out", str(out)]) == 0 and out.exists()
     seen = np.zeros((9, 30, 40))
     seen[6, 20, 15] = 1
