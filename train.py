@@ -610,8 +610,8 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     # `multiple`; to save a fifth of the work, up to 5 % of the median length is cut instead.
     multiple = args.stem * 2**args.depth
     median_shape = np.median([scan.open("mask").shape[-args.dims :] for scan in train], axis=0)
-    flat = f"{args.data}: slices are {listed(median_shape[-2:], ' x ')} voxels; choose how to cut them by --axis"
-    require(min(median_shape[-2:]) > 1, flat)
+    slices = listed(median_shape[-2:], " x ")
+    require(min(median_shape[-2:]) > 1, f"{args.data}: slices are {slices} voxels; choose how to cut them by --axis")
     if args.dims == 3:
         median_shape = np.minimum(median_shape, np.multiply(LARGEST_PATCH, args.stem))
     size = args.size or [math.ceil(0.95 * length / multiple) * multiple for length in median_shape]
@@ -712,7 +712,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DIR", help="imagesTr/ + labelsTr/, or images/ + labels/")
     add("--cache", default="cache", metavar="DIR", help="where preprocessed scans are kept")
-    add("--label", type=positive, nargs="+", metavar="N", help="label values that are foreground (default: all but 0)")
+    add("--label", type=number(1, 2**53), nargs="+", metavar="N", help="label values of the organ (default: all but 0)")
     add("--axis", type=int, choices=(0, 1, 2), help="slice axis, 2: axial (default: that of the coarsest spacing)")
     add("--folds", type=positive, default=5, metavar="N", help="parts to split the scans into")
     add("--fold", default="0", metavar="K", help="the part to validate on, from 0; `all`: train on every scan")
