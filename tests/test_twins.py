@@ -2,11 +2,11 @@
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 from conftest import same, weights, without_pictures
 
 import predict
@@ -48,23 +48,29 @@ def check_validation(out, data, folder):
     assert {row["name"]: row["dice"] for row in rows} == scans and max(scans.values()) > 0
 
 
-def rank(number, port, jobs, shown):
+def rank(number, ports, jobs, shown):
     """Run the jobs one after the other as one process of two, with torchrun's variables."""
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+                      MASTER_ADDR="localhost", TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True")
     for stream in (1, 2):
         os.dup2(os.open(shown, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     without_pictures()
-    sys.exit(max(train.main(job) for job in jobs))
+    codes = []
+    for port, job in zip(ports, jobs, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        codes.append(train.main(job))
+    sys.exit(max(codes))
 
 
 def two_processes(jobs, folder):
-    """Two processes share the jobs: the exit code of each, and what it printed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shown = [folder / "shown0", folder / "shown1"]
-    ranks = [server.Process(target=rank, args=(number, port, jobs, shown[number])) for number in (0, 1)]
+    """Two processes share the jobs: the exit code of each, and what it printed.
+
+    They meet at a store that is kept here, as by torchrun, one for each job. Where the first process kept it, the
+    second could begin a job at the store of the one before, which then was closed; a free port could become another's.
+    """
+    stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in jobs]
+    ports, shown = [store.port for store in stores], [folder / "shown0", folder / "shown1"]
+    ranks = [server.Process(target=rank, args=(number, ports, jobs, shown[number])) for number in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
