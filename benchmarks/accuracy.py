@@ -22,6 +22,7 @@ ROWS = {
     "short": ("", "the short run", "--epochs 10", ""),
     "default": ("", "no flag", "", ""),
     "volume": ("", "patches of volumes, blocks of 4 x 4 x 4 voxels", "--dims 3", ""),
+    "volume_short": ("", "a third of that", "--dims 3 --epochs 6", ""),
     # Before slices were averaged and an epoch was 250 steps: a pass over the scans then, of 352 steps, in 3D of 71.
     "former_short": ("", "the former short run", "--epochs 8 --steps 352", ""),
     "depth2": ("former_short", "two poolings instead of three", "--depth 2", ""),
