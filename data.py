@@ -591,6 +591,9 @@ def import_imgaug():
     return imgaug.augmenters
 
 
+CELL = 4  # pixels between the points of the grid that is warped in place of a picture
+
+
 def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
     """A function `augment(image, mask, seed) -> (image, mask)` on float32 (..., H, W) and uint8 (..., H, W).
 
@@ -614,43 +617,56 @@ def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.nda
 
 @cache
 def pipeline(kind: str):
-    """The imgaug augmenters, built once in each process: imgaug's objects cannot be unpickled in a spawned worker."""
+    """imgaug's augmenters of geometry and of intensity, built once in each process: they cannot be unpickled in a
+    spawned worker."""
     iaa = import_imgaug()
     from imgaug.random import RNG
 
-    steps = [
-        iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45)),
-        # Noise of `alpha` pixels, smoothed by `sigma`, which leaves about one of them.
-        iaa.ElasticTransformation(alpha=(0.0, 40.0), sigma=(4.0, 8.0)),
-    ]
-    if kind == "full":
-        steps += [
-            iaa.Multiply((0.6, 1.4)),  # contrast: the mean of a scan is 0
-            iaa.Add((-0.7, 0.7)),  # brightness: wide, since in some scans the blood is as dark as muscle
-            iaa.Sometimes(0.25, iaa.AdditiveGaussianNoise(scale=(0, 0.2), per_channel=True)),
-            iaa.Sometimes(0.25, iaa.GaussianBlur(sigma=(0.0, 1.0))),
-        ]
-    augmenters, generator = iaa.Sequential(steps), RNG(0)
-    for augmenter in (augmenters, *augmenters.get_all_children(flat=True)):
-        augmenter.random_state = generator  # one for all, so that one state seeds them all
-    return augmenters
+    geometry = iaa.Sequential([  # of a grid with a point every 4 pixels
+        iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45), mode="edge"),
+        # Noise of up to `alpha` points (12 pixels), smoothed over `sigma`, which leaves about one pixel.
+        iaa.ElasticTransformation(alpha=(0.0, 3.0), sigma=(1.0, 2.0), order=1, mode="nearest"),
+    ])
+    intensity = iaa.Sequential([
+        iaa.Multiply((0.6, 1.4)),  # contrast: the mean of a scan is 0
+        iaa.Add((-0.7, 0.7)),  # brightness: wide, since in some scans the blood is as dark as muscle
+        iaa.Sometimes(0.25, iaa.AdditiveGaussianNoise(scale=(0, 0.2), per_channel=True)),
+        iaa.Sometimes(0.25, iaa.GaussianBlur(sigma=(0.0, 1.0))),
+    ] if kind == "full" else [])
+    generator = RNG(0)
+    for augmenters in (geometry, intensity):
+        for augmenter in (augmenters, *augmenters.get_all_children(flat=True)):
+            augmenter.random_state = generator  # one for all, so that one state seeds them all
+    return geometry, intensity
 
 
 def augment(kind: str, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """See `augmenter`."""
     if kind == "none":
         return image, mask
-    augmenters = pipeline(kind)
-    from imgaug.augmentables import Batch, SegmentationMapsOnImage
+    geometry, intensity = pipeline(kind)
+    import cv2
+    from imgaug.augmentables import Batch
 
     # What `augmenters.seed_(seed)` is for, which is slow: it makes a generator for each.
-    augmenters.random_state.generator.bit_generator.state = np.random.SFC64(seed).state
-    # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share a warp.
-    stack, labels = (np.moveaxis(a.reshape(-1, *a.shape[-2:]), 0, 2) for a in (image, mask))
-    # What `augmenters(...)` calls after checks and copies that are not needed here.
-    done = augmenters.augment_batch_(Batch([stack], segmentation_maps=[SegmentationMapsOnImage(labels, labels.shape)]))
-    stack, labels = done.images_aug[0], done.segmentation_maps_aug[0].get_arr()
-    return tuple(np.moveaxis(a, 2, 0).reshape(b.shape) for a, b in ((stack, image), (labels, mask)))
+    geometry.random_state.generator.bit_generator.state = np.random.SFC64(seed).state
+    # Not the picture is warped, twice, but a coarse grid of places in it, x and y, that reaches one point beyond each
+    # border. Between its points they are interpolated, and every slice is read once, there.
+    height, width = image.shape[-2:]
+    x, y = ((np.arange(-1, math.ceil(n / CELL) + 1, dtype=np.float32) + 0.5) * CELL - 0.5 for n in (width, height))
+    # What `geometry(...)` calls after checks and copies that are not needed here.
+    grid = geometry.augment_batch_(Batch([np.stack(np.meshgrid(x, y), axis=-1)])).images_aug[0]
+    grid = cv2.resize(grid, None, fx=CELL, fy=CELL, interpolation=cv2.INTER_CUBIC)
+    grid = grid[CELL : CELL + height, CELL : CELL + width]
+
+    def warped(array: np.ndarray, interpolation: int) -> np.ndarray:
+        slices = array.reshape(-1, height, width)
+        return np.stack([cv2.remap(one, grid, None, interpolation) for one in slices]).reshape(array.shape)
+
+    image, mask = warped(image, cv2.INTER_LINEAR), warped(mask, cv2.INTER_NEAREST)
+    # To imgaug the slices of a patch are the channels of one picture (H, W, C), and so share contrast and blur.
+    stack = intensity.augment_batch_(Batch([np.moveaxis(image.reshape(-1, height, width), 0, 2)])).images_aug[0]
+    return np.moveaxis(stack, 2, 0).reshape(image.shape), mask
 
 
 # ----------------------------------------------------------------------------------------------------------- data set

@@ -478,7 +478,7 @@ def prepare(args: argparse.Namespace) -> Run:
         train_set, args.batch_size // world_size, num_workers=workers, persistent_workers=workers > 0,
         # The order depends on (seed, epoch) alone; of each batch, every process takes its share.
         sampler=DistributedSampler(train_set, world_size, rank, seed=args.seed, drop_last=True), drop_last=True,
-        pin_memory=device.type == "cuda", worker_init_fn=partial(start_worker, args.dims == 3 and device.type == "cpu"))
+        pin_memory=device.type == "cuda", worker_init_fn=partial(start_worker, device.type == "cpu"))
     say(f"data       {len(train_scans)} scans to train on, {len(val_scans)} to validate on; batches of "
         f"{args.batch_size} {'slices' if args.dims == 2 else 'patches'} of {' x '.join(map(str, size))}")
 
@@ -524,30 +524,28 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 def share_cores(args: argparse.Namespace, device: torch.device) -> int:
-    """Divide the cores between the workers, whose number is returned, and the threads of PyTorch.
+    """Divide the cores between the threads of PyTorch and the workers, whose number is returned.
 
-    On a CPU threads that wait for one which a worker keeps from its core lose more than they bring: on two cores a step
-    of the default took 119 ms without workers, 77 with one worker and one thread, 113 with one worker and two threads.
-    In 3D a step outweighs its samples, and all cores take part: 362 with one thread, 310 with two threads and a worker
-    that gives way to them (see `start_worker`), 280 with two such workers. A GPU needs no threads, and as many workers
-    as can be had: a core augments about 300 slices a second, and an H200 takes 1,300 in 2D, bound by its launches.
+    On a CPU the threads take all cores, and as many workers the moments when a step does not need them (see
+    `start_worker`): on two cores an epoch of the default takes 18 s so, 20 with one thread and one worker, 23 and more
+    where workers do not give way, since threads wait for the one that was pushed from its core; in 3D 70 against 77.
+    A GPU needs no threads, and as many workers as can be had: a core makes some 500 slices a second.
     """
     cores = max(data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-    workers = args.workers
-    if workers is None and device.type != "cpu":
-        workers = min(cores - 1, 32)
-    elif workers is None:
-        workers = cores // 2 if args.dims == 2 or cores == 1 else min(cores, 8)
+    if device.type == "cpu":
+        workers, threads = min(cores, 8) if cores > 1 else 0, cores
+    else:
+        workers, threads = min(cores - 1, 32), 1
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores if args.dims == 3 else max(cores - workers, 1))
-    return workers
+        torch.set_num_threads(threads)
+    return workers if args.workers is None else args.workers
 
 
 def start_worker(polite: bool, _: int) -> None:
     """In a worker: Ctrl-C is for the main process, which ends its workers; if polite, give way to its threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if polite and hasattr(os, "nice"):  # not on Windows
-        os.nice(10)
+        os.nice(19)
 
 
 def describe(device: torch.device, workers: int, world_size: int) -> dict[str, str]:

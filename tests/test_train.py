@@ -85,19 +85,16 @@ def test_on_a_cpu_no_level_of_depth_two_is_trained_in_bfloat16(quick, monkeypatc
     assert f"parameters, {name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("cores", "slices", "patches", "cuda"), [
-    (1, (0, 1), (0, 1), 0), (2, (1, 1), (2, 2), 1), (4, (2, 2), (4, 4), 3), (8, (4, 4), (8, 8), 7),
-    (64, (32, 32), (8, 64), 32),
-])
-def test_threads_take_the_cores_that_workers_leave(monkeypatch, cores, slices, patches, cuda):
-    """Workers and threads, for slices and for patches on a CPU, and workers beside a GPU; `--workers` wins."""
+@pytest.mark.parametrize(("cores", "cpu", "cuda"), [(1, 0, 0), (2, 2, 1), (4, 4, 3), (8, 8, 7), (64, 8, 32)])
+def test_workers_and_threads_share_the_cores(monkeypatch, cores, cpu, cuda):
+    """The threads take all cores, beside a GPU one; `--workers` wins."""
     threads = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(data, "cpu_count", lambda: cores)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    for device, more, expected in (("cpu", "", slices), ("cuda", "", (cuda, max(cores - cuda, 1))),
-                                   ("cpu", "--dims 3", patches), ("cpu", "--workers 0", (0, cores))):
-        workers = train.share_cores(train.parse_args(["--data", "", *more.split()]), torch.device(device))
+    cases = [("cpu", [], (cpu, cores)), ("cpu", ["--workers", "0"], (0, cores)), ("cuda", [], (cuda, 1))]
+    for device, flags, expected in cases:
+        workers = train.share_cores(train.parse_args(["--data", "", *flags]), torch.device(device))
         assert (workers, threads[-1]) == expected
 
 
