@@ -630,7 +630,7 @@ def pipeline(kind: str):
     intensity = iaa.Sequential([
         iaa.Multiply((0.6, 1.4)),  # contrast: the mean of a scan is 0
         iaa.Add((-0.7, 0.7)),  # brightness: wide, since in some scans the blood is as dark as muscle
-        iaa.Sometimes(0.25, iaa.AdditiveGaussianNoise(scale=(0, 0.2), per_channel=True)),
+        iaa.Sometimes(0.1, iaa.AdditiveGaussianNoise(scale=(0, 0.2), per_channel=True)),
         iaa.Sometimes(0.25, iaa.GaussianBlur(sigma=(0.0, 1.0))),
     ] if kind == "full" else [])
     generator = RNG(0)

@@ -13,11 +13,11 @@ What the default reaches, on what data and in how many minutes: see the README.
     python train.py --data phantom --width 8 --steps 80         # what phantom.py writes: a minute on a CPU
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
-    python train.py --data Task02_Heart --dims 3                # patches of volumes instead of slices
+    python train.py --data Task02_Heart --dims 2                # slices instead of patches of volumes
     python train.py --data Task02_Heart --engine lightning      # the same run by lightning.Trainer
     torchrun --nproc-per-node 4 train.py --data Task02_Heart    # four GPUs of one machine
     # the recipe that this project started from:
-    python train.py --data Task02_Heart --width 64 --depth 3 --stem 1 --norm none --loss dice --lr 1e-4 \
+    python train.py --data Task02_Heart --dims 2 --width 64 --depth 3 --stem 1 --norm none --loss dice --lr 1e-4 \
         --schedule constant --weight-decay 0 --clip 0 --augment geometry --normalise minmax --crop 32
 """
 
@@ -427,9 +427,9 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
-DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 32, "depth": 2, "epochs": 18}}
+DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 16, "depth": 2, "epochs": 12}}
 SMOOTH = 1.5  # mm, deviation of the Gaussian that averages slices at prediction, in 2D
-LARGEST_PATCH = (20, 32, 32)  # times the stem: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
+LARGEST_PATCH = (20, 32, 32)  # times the stem, at least times 2: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
 # What a resumed run may change: where and how it runs; and --epochs, which moves the learning rate: `compare` says so.
 MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "workers", "compile", "epochs"}
 
@@ -577,7 +577,8 @@ def tensorboard_folder(run: Run) -> Path:
 def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list, list, dict]:
     """Training and validation scans (`data.CachedScan`), and what a checkpoint keeps of the data.
 
-    Fills in the arguments that depend on the scans: stem and batch size. A run that goes on keeps its split.
+    Fills in the arguments that depend on the scans, or on --dims, which depends on them. A run that goes on keeps its
+    split.
 
     Returns:
         train, val, and a dict: split, files (checksums), preprocess (see `data.preprocess`; `size` is of a sample).
@@ -593,6 +594,14 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     median = data.survey(pairs)
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
+    # The stem's blocks and the kernels are cubes of voxels, and should be about cubes of the patient.
+    args.dims = args.dims or (3 if max(median) <= 1.5 * min(median) else 2)
+    defaults = DEFAULTS[args.dims]
+    args.width = args.width or defaults["width"]
+    args.depth = defaults["depth"] if args.depth is None else args.depth
+    args.epochs = args.epochs or defaults["epochs"]
+    if args.size:
+        require(len(args.size) == args.dims, f"--size: expected {args.dims} numbers, for --dims {args.dims}")
     how = {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
            "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH if args.dims == 2 else 0.0}
     scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
@@ -603,22 +612,26 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     organ = any(scan.open("mask").any() for scan in train)
     require(organ, f"{args.data}: no voxel of a label is foreground (--label {args.label}); there is nothing to learn")
 
-    args.stem = args.stem or (4 if max(spacing[-args.dims :]) < 0.9 else 2)
-    # Larger slices are cropped, for training only: prediction moves a window over them. The network pads up to
-    # `multiple`; to save a fifth of the work, up to 5 % of the median length is cut instead.
-    multiple = args.stem * 2**args.depth
     median_shape = np.median([scan.open("mask").shape[-args.dims :] for scan in train], axis=0)
     slices = listed(median_shape[-2:], " x ")
     require(min(median_shape[-2:]) > 1, f"{args.data}: slices are {slices} voxels; choose how to cut them by --axis")
+    stem = 4 if max(spacing[-args.dims :]) < 0.9 else 2
+    if max(median_shape) < 64:  # a small organ, every voxel of which counts
+        stem = 1
+    args.stem = args.stem or stem
+    # Larger slices are cropped, for training only: prediction moves a window over them. The network pads up to
+    # `multiple`; to save a fifth of the work, up to 5 % of the median length is cut instead.
+    multiple = args.stem * 2**args.depth
     if args.dims == 3:
-        median_shape = np.minimum(median_shape, np.multiply(LARGEST_PATCH, args.stem))
+        median_shape = np.minimum(median_shape, np.multiply(LARGEST_PATCH, max(args.stem, 2)))
     size = args.size or [math.ceil(0.95 * length / multiple) * multiple for length in median_shape]
     enough = max(size) > multiple and min(size[-2:]) >= multiple
     require(enough, f"--size {size}: too small for its lowest level; lower --depth, or take {multiple} a side and more")
     # As many samples as a step of bounded time can hold.
     least, points = (4, 100_000) if args.dims == 2 else (2, 2 * math.prod(LARGEST_PATCH))  # of the first level's maps
-    samples = points // math.ceil(math.prod(size) / args.stem**args.dims)
-    args.batch_size = args.batch_size or max(least, min(samples, 16))
+    samples = max(least, min(points // math.ceil(math.prod(size) / args.stem**args.dims), 16))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))  # each process takes the same share
+    args.batch_size = args.batch_size or math.ceil(samples / world_size) * world_size
     return train, val, {"split": split, "preprocess": how | {"size": size}, "files": data.checksums(pairs)}
 
 
@@ -678,7 +691,7 @@ def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
 EXAMPLES = """examples:
   python train.py --data Task02_Heart --out runs/heart            a new run
   python train.py --data Task02_Heart --out runs/heart --resume   go on where it stopped
-  python train.py --data Task02_Heart --dims 3                    in 3D: slower, but better"""
+  python train.py --data Task02_Heart --dims 2                    by slices, as of thick ones in any case"""
 
 
 def number(low: float, high: float = 1e6, kind: type = int) -> Callable[[str], float]:
@@ -723,11 +736,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--augment", default="full", choices=("none", "geometry", "full"), help="see data.py")
 
     add = parser.add_argument_group("network").add_argument
-    add("--dims", type=int, default=2, choices=(2, 3), help="2: slices, 3: patches")
+    add("--dims", type=int, choices=(2, 3), help="2: slices, 3: patches (default: 3, but 2 where slices lie more than "
+        "1.5 times as far apart as pixels)")
     add("--width", type=positive, metavar="N", help=f"channels of the first level {told['width']}")
     add("--depth", type=number(0, 8), metavar="N", help=f"poolings {told['depth']}")
     add("--stem", type=number(1, 8), metavar="N", help="voxels a side that enter as channels, 1: classical "
-        "(default: 2, or 4 of voxels below 0.9 mm)")
+        "(default: 2; 4 of voxels below 0.9 mm; 1 of scans below 64 voxels a side)")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
     add("--attention", action="store_true", help="attention gates on the skips")
 
@@ -757,12 +771,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and not args.out:
         parser.error("argument --resume: say which run, with --out")
-    if args.size and len(args.size) != args.dims:
-        parser.error(f"argument --size: expected {args.dims} numbers with --dims {args.dims}")
-    defaults = DEFAULTS[args.dims]
-    args.width = args.width or defaults["width"]
-    args.depth = defaults["depth"] if args.depth is None else args.depth
-    args.epochs = args.epochs or defaults["epochs"]
     return args
 
 

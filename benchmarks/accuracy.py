@@ -1,7 +1,7 @@
 """The ladder: recipes, one change a row, each to be measured with several seeds.
 
     python benchmarks/accuracy.py --data DIR                            # all rows, seeds 0, 1, 2: many hours
-    python benchmarks/accuracy.py --data DIR --only volume --seeds 0 --fold 0 1 2 3 4      # each scan is scored once
+    python benchmarks/accuracy.py --data DIR --only default --seeds 0 --fold 0 1 2 3 4     # each scan is scored once
     python benchmarks/accuracy.py --data Task04_Hippocampus --only anterior posterior --seeds 0 --fold 0 1 2 3 4
     python benchmarks/accuracy.py --data DIR --limit-batches 2          # a dry run: 1 epoch of 2 batches, in runs/dry
 
@@ -19,29 +19,29 @@ import record
 
 # Row: (the row that it changes, what it changes there, arguments of train.py, arguments of predict.py).
 ROWS = {
-    "short": ("", "the short run", "--epochs 10", ""),
-    "default": ("", "no flag", "", ""),
-    "volume": ("", "patches of volumes, blocks of 4 x 4 x 4 voxels", "--dims 3", ""),
-    "volume_short": ("", "a third of that", "--dims 3 --epochs 6", ""),
+    "short": ("", "the short run", "--dims 2 --epochs 10", ""),
+    "slices": ("", "slices, whatever the voxels", "--dims 2", ""),
+    "default": ("", "no flag: patches, of voxels like these", "", ""),
+    "large": ("", "twice the width, half as many epochs again", "--width 32 --epochs 18", ""),
     # Before slices were averaged and an epoch was 250 steps: a pass over the scans then, of 352 steps, in 3D of 71.
-    "former_short": ("", "the former short run", "--epochs 8 --steps 352", ""),
+    "former_short": ("", "the former short run", "--dims 2 --epochs 8 --steps 352", ""),
     "depth2": ("former_short", "two poolings instead of three", "--depth 2", ""),
     "classical": ("former_short", "the classical U-Net: no stem", "--stem 1 --depth 4 --width 8 --epochs 3", ""),
     "zscore": ("former_short", "z-score without clipping", "--normalise zscore", ""),
     "geometry": ("former_short", "only the geometry augmented", "--augment geometry", ""),
     "attention": ("former_short", "attention gates", "--attention", ""),
-    "former": ("", "the former default", "--epochs 20 --steps 352", ""),
+    "former": ("", "the former default", "--dims 2 --epochs 20 --steps 352", ""),
     "width32": ("former", "twice the width, two poolings", "--width 32 --depth 2 --epochs 8", ""),
     "stem2": ("former", "blocks of 2 x 2 voxels instead of 4 x 4", "--stem 2 --epochs 6", ""),
-    "former_volume": ("", "the former 3D", "--dims 3 --epochs 64 --steps 71", ""),
+    "former_volume": ("", "the former 3D", "--dims 3 --width 32 --epochs 64 --steps 71", ""),
     "volume_component": ("former_volume", "largest component only", "", "--largest-component"),
     # The recipe that this project started from (see train.py), for about as long as the default takes.
     "seed": ("", "the first recipe: no norm, Dice loss, Adam 1e-4",
-             "--width 64 --depth 3 --stem 1 --norm none --loss dice --lr 0.0001 --schedule constant --weight-decay 0 "
-             "--clip 0 --augment geometry --normalise minmax --crop 32 --epochs 1 --steps 352", ""),
+             "--dims 2 --width 64 --depth 3 --stem 1 --norm none --loss dice --lr 0.0001 --schedule constant "
+             "--weight-decay 0 --clip 0 --augment geometry --normalise minmax --crop 32 --epochs 1 --steps 352", ""),
     # A second data set, on which nothing was chosen: the Decathlon's Task04_Hippocampus.
-    "anterior": ("", "the anterior hippocampus", "--dims 3 --label 1", ""),
-    "posterior": ("", "the posterior hippocampus", "--dims 3 --label 2", ""),
+    "anterior": ("", "the anterior hippocampus", "--label 1", ""),
+    "posterior": ("", "the posterior hippocampus", "--label 2", ""),
 }
 HIPPOCAMPUS = ("anterior", "posterior")
 

@@ -30,10 +30,10 @@ fi
 stage card 20 nvidia-smi
 stage versions 20 "$python" -m torch.utils.collect_env
 stage tests 200 "$python" -m pytest -v -rP tests/test_gpu.py
-record default 180
-record volume 240 --dims 3
+record default 240
+record slices 180 --dims 2
 speed=("$python" benchmarks/speed.py --device $device ${tiny:+--quick} --results "$out/results")
 stage speed 75 "${speed[@]}" --repeats 3 --rows step data prediction
 stage engines 150 "${speed[@]}" --repeats 1 --rows engines
-record wide 720 --width 64
-record volume_wide 720 --dims 3 --width 64
+record large 240 --width 32 --epochs 18
+record wide 720 --width 64 --epochs 18

@@ -33,14 +33,13 @@ from losses import DiceLoss
 from unet import UNet
 
 SCRATCH = ROOT / "cache" / "speed"  # synthetic scans and their cache, kept from call to call
-default = train.parse_args(["--data", ""])
 # Few batches of small slices, so that all trainings of the row `engines` take about ten minutes.
 FULL = {"size": (192, 160), "batch": 8, "volume": (110, 320, 320), "scans": 20,
         "first recipe": {"width": 64, "norm": "none"},
-        "default": {"width": default.width, "depth": default.depth, "stem": 4},  # of voxels below 0.9 mm
+        "default": {"width": train.DEFAULTS[2]["width"], "depth": train.DEFAULTS[2]["depth"], "stem": 4},  # of slices
         "trainings": {"width 8": "--width 8 --size 128 96 --limit-batches 30 --epochs 3 --workers 1",
                       "width 64": "--width 64 --size 64 64 --limit-batches 5 --epochs 3 --workers 1",
-                      "default": "--stem 4 --size 192 160 --limit-batches 120 --epochs 3"}}
+                      "default": "--dims 3 --stem 4 --size 80 128 128 --limit-batches 60 --epochs 3"}}
 TINY = "--width 2 --depth 1 --size 16 16 --limit-batches 2 --epochs 2 --workers 0"
 QUICK = {"size": (32, 32), "batch": 2, "volume": (4, 32, 32), "scans": 2, "first recipe": {"width": 2},
          "default": {"width": 2}, "trainings": {"width 8": TINY, "default": TINY}}  # for a test to run every row

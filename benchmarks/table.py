@@ -87,7 +87,7 @@ def measured(folder: str, rows: Sequence[str]) -> list[dict[str, str]]:
 
 def expect() -> str:
     """For the front page: what the commands reach that one types first, on a CPU and on a GPU."""
-    rows = "short", "default", "volume", "seed"
+    rows = "short", "slices", "default", "large", "seed"
     lines = measured("ladder", rows) + measured("gpu", rows)
     names = "command", "minutes", "memory", "Dice", "worst scan", "HD95 mm", "runs", "Dice of all folds"
     return markdown([{name: line[name] for name in names} for line in lines], text_columns=3)

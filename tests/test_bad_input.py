@@ -30,9 +30,9 @@ from unet import UNet
 SCANS, LABELS = ([f"set/{folder}/{name}.nii.gz" for name in "abc"] for folder in ("imagesTr", "labelsTr"))
 A, LABEL = SCANS[0], LABELS[0]
 COMMANDS = {  # in the folder of the test; the last: what a command says of a sound set
-    "train": (train, "--data set --cache cache --tensorboard logs --out out --width 2 --depth 1 --stem 1 --epochs 1 "
-                     "--folds 3 --batch-size 2 --limit-batches 1 --workers 0 --augment none --device cpu --precision "
-                     "fp32", "2 scans to train on, 1 to validate on"),
+    "train": (train, "--data set --cache cache --tensorboard logs --out out --dims 2 --width 2 --depth 1 --stem 1 "
+                     "--epochs 1 --folds 3 --batch-size 2 --limit-batches 1 --workers 0 --augment none --device cpu "
+                     "--precision fp32", "2 scans to train on, 1 to validate on"),
     "predict": (predict, "set/imagesTr --checkpoint last.pt --out out --device cpu", "3 masks in out"),
     "score": (predict, "set/imagesTr --checkpoint last.pt --out out --device cpu --labels set/labelsTr", "3 masks in"),
     "data": (data, "set", "3 pairs, 0 problems"),
@@ -183,7 +183,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("train --lr -1, train --lr nan", "--lr"),
     ("train", "--folds 3: expected", dict.fromkeys(SCANS[1:] + LABELS[1:])),  # one scan is left
     ("train --dims 3 --patch 0 32 32", "--patch; 0: expected a number from 1"),
-    ("train --size 7, train --dims 3 --size 7 7", "--size: expected"),
+    ("train --size 7, train --dims 3 --size 7 7", "--size: expected; numbers, for --dims"),
     ("train --size 4 4 --depth 3 --norm batch, train --size 7 7 --depth 3, train --size 4 4 --depth 2 --norm instance, "
      "train --depth 8 --width 1000 --size 32 32", "--size; lower --depth"),
     ("train --crop 6", "a.nii.gz; 12; 16; --crop 6"),

@@ -51,11 +51,11 @@ def test_a_row_runs_dry_and_is_passed_over_the_second_time(dry, phantoms, tmp_pa
 
 
 def test_the_second_data_set_and_several_folds(dry, tmp_path):
-    assert dry("--only anterior --seeds 0 --fold 0 1 --size 8 32 32 --spacing 6 --stem 1 --batch-size 2") == 0
+    assert dry("--only anterior --seeds 0 --fold 0 1 --dims 3 --size 8 32 32 --spacing 6 --stem 1 --batch-size 2") == 0
     results = tmp_path / "runs" / "dry" / "results" / "hippocampus"
     assert sorted(os.listdir(results)) == ["anterior_fold1_seed0.json", "anterior_seed0.json"]
     command = json.loads((results / "anterior_fold1_seed0.json").read_text())["command"]
-    assert "--dims 3 --label 1 --fold 1" in command
+    assert "--label 1 --fold 1" in command
 
 
 @pytest.mark.parametrize("row", accuracy.ROWS)
@@ -65,7 +65,7 @@ def test_a_row_is_a_command_of_today_and_the_first_recipe_is_that_of_train(row):
     assert not (own and prediction)  # the table has room for one
     parsed = train.parse_args(["--data", "", *accuracy.arguments(row).split()])
     if row == "seed":
-        words = train.__doc__[train.__doc__.index("--width 64"):].replace("\\\n", " ").split()
+        words = train.__doc__[train.__doc__.index("--dims 2 --width 64"):].replace("\\\n", " ").split()
         told = train.parse_args(["--data", "", *words])
         assert vars(told) | {"epochs": 1, "steps": 1} == vars(parsed) | {"epochs": 1, "steps": 1}
 
@@ -133,12 +133,12 @@ def test_the_proof_on_a_gpu_runs_dry(phantoms, tmp_path):
     subprocess.run(["bash", str(script), str(phantoms), str(out), "--tiny", "--device", "cpu"], check=True, timeout=800,
                    env=os.environ | {"PYTHON": sys.executable})
     stages = [line.split(",") for line in (out / "stages.csv").read_text().splitlines()]
-    assert [name for name, *_ in stages] == ["card", "versions", "tests", "default", "volume", "speed", "engines",
-                                             "wide", "volume_wide"]
+    assert [name for name, *_ in stages] == ["card", "versions", "tests", "default", "slices", "speed", "engines",
+                                             "large", "wide"]
     assert {name: code for name, _, code in stages if code != "exit code 0" and name != "card"} == {}
     results = {path.stem for path in (out / "results").glob("*.json")}
-    assert results == {"default_seed0", "volume_seed0", "quick_cpu", "wide_seed0", "volume_wide_seed0"}
-    assert (out / "runs" / "volume" / "validation.png").exists()
+    assert results == {"default_seed0", "slices_seed0", "quick_cpu", "large_seed0", "wide_seed0"}
+    assert (out / "runs" / "default" / "validation.png").exists()
 
 
 def test_tables_are_of_what_there_is(tmp_path, monkeypatch, capsys):

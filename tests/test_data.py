@@ -319,10 +319,10 @@ def test_augmentation_is_as_strong_as_it_says_and_takes_image_and_mask_together(
     for (name, (low, high)), values in zip(ranges.items(), np.transpose(seen), strict=True):
         assert values.mean() == pytest.approx((low + high) / 2, abs=0.1 * (high - low)), name
         assert values.std() == pytest.approx((high - low) / np.sqrt(12), rel=0.2), name
-    # Of two equal slices a quarter gets noise, each its own.
+    # Of two equal slices a tenth gets noise, each its own.
     apart = [np.ptp(augment(np.ones((2, 32, 32), np.float32), np.zeros((2, 32, 32), np.uint8), seed)[0], axis=0).max()
              for seed in range(200)]
-    assert 30 < np.count_nonzero(apart) < 70
+    assert 8 < np.count_nonzero(apart) < 40
     # All slices of a patch are warped alike, as one alone is: 40, more than OpenCV takes channels at once.
     augment = data.augmenter("geometry")
     patch = augment(np.stack([image] * 40), np.stack([mask] * 40), seed)

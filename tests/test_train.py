@@ -57,17 +57,22 @@ def test_losses_have_names():
             train.make_loss("no such loss", processes)
 
 
-@pytest.mark.parametrize(("changes", "stem"), [("", 4), ("--spacing 1.2", 2), ("--dims 3", 2), ("--stem 1", 1)])
-def test_fine_voxels_enter_in_larger_blocks_and_slices_are_averaged_over_mm(write_nifti, tmp_path, changes, stem):
-    """Voxels of 0.6 x 0.6 x 3 mm: in 3D the coarsest side counts. No --spacing changes what lies between slices."""
-    squares = np.kron(np.eye(4), np.ones((10, 10)))[..., None].repeat(6, axis=2).astype(np.int16)
+@pytest.mark.parametrize(("apart", "changes", "dims", "stem"), [
+    (3, "", 2, 4), (3, "--spacing 1.2", 2, 2), (3, "--dims 3", 3, 2), (3, "--stem 1", 2, 1), (0.92, "", 2, 4),
+    (0.88, "", 3, 4), (0.88, "--dims 2", 2, 4), (0.88, "--spacing 1.2", 3, 2), (3, "--crop 40", 2, 1),
+])
+def test_what_the_voxels_decide(write_nifti, tmp_path, changes, apart, dims, stem):
+    """Of 0.6 x 0.6 mm, and `apart` from slice to slice: slices, or patches where they are about cubes. Fine ones enter
+    in larger blocks, where there are 64 of them; in 3D the coarsest side counts. Slices are averaged over mm, whatever
+    --spacing makes of pixels."""
+    squares = np.kron(np.eye(14), np.ones((10, 10)))[..., None].repeat(6, axis=2).astype(np.int16)
     for name, kind in product(("a", "b"), ("images", "labels")):
-        write_nifti(tmp_path / kind / f"{name}.nii.gz", squares, np.diag([0.6, 0.6, 3, 1]))
+        write_nifti(tmp_path / kind / f"{name}.nii.gz", squares, np.diag([0.6, 0.6, apart, 1]))
     command = f"--data {tmp_path} --cache {tmp_path}/cache --folds 2 --depth 1 {changes}"
     args = train.parse_args(command.split())
     how = train.load_data(args)[2]["preprocess"]
-    assert args.stem == stem and all(length % (2 * stem) == 0 for length in how["size"])
-    assert how["smooth"] == (0 if args.dims == 3 else 1.5)
+    assert (args.dims, args.stem) == (dims, stem) and all(length % (2 * stem) == 0 for length in how["size"])
+    assert how["smooth"] == (0 if dims == 3 else 1.5) and len(how["size"]) == dims
 
 
 @pytest.mark.parametrize(("changes", "chosen"), [
