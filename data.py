@@ -394,6 +394,9 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
     if rounding:
         warnings.warn(f"{found}; rounded to whole numbers", stacklevel=2)
         array = np.rint(array)
+    organs = np.unique(np.rint(values[values > 0.5]))
+    if not label and len(organs) > 1:  # without the file's name: told once, not of each
+        warnings.warn(f"labels hold the values {listed(organs)}: taken for one organ; --label chooses", stacklevel=2)
     foreground = np.isin(array, list(label)) if label else array > 0
     # The scan's affine, not the label's own: at 45 degrees a last digit decides which axis is the closest.
     return np.ascontiguousarray(upright(foreground, goal, scan.axis), dtype=np.uint8)

@@ -298,6 +298,8 @@ def predict(args: argparse.Namespace) -> list[dict]:
             print(f"{name}: empty, no voxel is called organ")
         elif row["confidence"] < checkpoint["doubt_below"]:
             print(f"{name}: doubtful, confidence {row['confidence']:.3f}, below {checkpoint['doubt_below']:.3f}")
+        if row.get("truth_ml") == 0:
+            print(f"{name}: its label is empty, no voxel is organ")
     if labels:
         data.write_csv(Path(args.out, "scores.csv"), rows)
         print(f"{summarise(rows)}\n{args.out}/scores.csv")

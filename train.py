@@ -427,7 +427,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
-DEFAULTS = {2: {"width": 16, "depth": 3, "epochs": 22}, 3: {"width": 16, "depth": 2, "epochs": 12}}
+DEFAULTS = {2: {"depth": 3, "epochs": 22}, 3: {"depth": 2, "epochs": 12}}
 SMOOTH = 1.5  # mm, deviation of the Gaussian that averages slices at prediction, in 2D
 LARGEST_PATCH = (20, 32, 32)  # times the stem, at least times 2: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
 # What a resumed run may change: where and how it runs; and --epochs, which moves the learning rate: `compare` says so.
@@ -596,10 +596,8 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
     # The stem's blocks and the kernels are cubes of voxels, and should be about cubes of the patient.
     args.dims = args.dims or (3 if max(median) <= 1.5 * min(median) else 2)
-    defaults = DEFAULTS[args.dims]
-    args.width = args.width or defaults["width"]
-    args.depth = defaults["depth"] if args.depth is None else args.depth
-    args.epochs = args.epochs or defaults["epochs"]
+    args.depth = DEFAULTS[args.dims]["depth"] if args.depth is None else args.depth
+    args.epochs = args.epochs or DEFAULTS[args.dims]["epochs"]
     if args.size:
         require(len(args.size) == args.dims, f"--size: expected {args.dims} numbers, for --dims {args.dims}")
     how = {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
@@ -719,7 +717,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a U-Net to segment an organ in MRI.", formatter_class=Help, epilog=EXAMPLES)
     positive, share = number(1), partial(number, kind=float)
-    told = {name: f"(default: {value}, in 3D {DEFAULTS[3][name]})" for name, value in DEFAULTS[2].items()}
+    slices, patches = DEFAULTS[2], DEFAULTS[3]
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DIR", help="imagesTr/ + labelsTr/, or images/ + labels/")
     add("--cache", default="cache", metavar="DIR", help="where preprocessed scans are kept")
@@ -738,8 +736,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("network").add_argument
     add("--dims", type=int, choices=(2, 3), help="2: slices, 3: patches (default: 3, but 2 where slices lie more than "
         "1.5 times as far apart as pixels)")
-    add("--width", type=positive, metavar="N", help=f"channels of the first level {told['width']}")
-    add("--depth", type=number(0, 8), metavar="N", help=f"poolings {told['depth']}")
+    add("--width", type=positive, default=16, metavar="N", help="channels of the first level")
+    add("--depth", type=number(0, 8), metavar="N",
+        help=f"poolings (default: {slices['depth']}, in 3D {patches['depth']})")
     add("--stem", type=number(1, 8), metavar="N", help="voxels a side that enter as channels, 1: classical "
         "(default: 2; 4 of voxels below 0.9 mm; 1 of scans below 64 voxels a side)")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
@@ -747,7 +746,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
-    add("--epochs", type=positive, metavar="N", help=f"how often to validate and save {told['epochs']}")
+    add("--epochs", type=positive, metavar="N", help="how often to validate and save "
+        f"(default: {slices['epochs']}, in 3D {patches['epochs']})")
     add("--steps", "--limit-batches", type=positive, default=250, metavar="N", help="batches an epoch")
     add("--batch-size", type=positive, metavar="N", help="of all processes together (default: as many as keep a step "
         "short, 4 to 16 slices, 2 to 16 patches)")

@@ -19,10 +19,10 @@ import record
 
 # Row: (the row that it changes, what it changes there, arguments of train.py, arguments of predict.py).
 ROWS = {
-    "short": ("", "the short run", "--dims 2 --epochs 10", ""),
-    "slices": ("", "slices, whatever the voxels", "--dims 2", ""),
     "default": ("", "no flag: patches, of voxels like these", "", ""),
     "large": ("", "twice the width, half as many epochs again", "--width 32 --epochs 18", ""),
+    "slices": ("", "slices, whatever the voxels", "--dims 2", ""),
+    "short": ("", "the short run", "--dims 2 --epochs 10", ""),
     # Before slices were averaged and an epoch was 250 steps: a pass over the scans then, of 352 steps, in 3D of 71.
     "former_short": ("", "the former short run", "--dims 2 --epochs 8 --steps 352", ""),
     "depth2": ("former_short", "two poolings instead of three", "--depth 2", ""),
@@ -39,11 +39,13 @@ ROWS = {
     "seed": ("", "the first recipe: no norm, Dice loss, Adam 1e-4",
              "--dims 2 --width 64 --depth 3 --stem 1 --norm none --loss dice --lr 0.0001 --schedule constant "
              "--weight-decay 0 --clip 0 --augment geometry --normalise minmax --crop 32 --epochs 1 --steps 352", ""),
-    # A second data set, on which nothing was chosen: the Decathlon's Task04_Hippocampus.
+    # A second data set, on which only the stem was chosen: the Decathlon's Task04_Hippocampus, its two labels.
     "anterior": ("", "the anterior hippocampus", "--label 1", ""),
     "posterior": ("", "the posterior hippocampus", "--label 2", ""),
+    "former_anterior": ("", "by the former 3D", "--label 1 --width 32 --stem 2 --epochs 18", ""),
+    "former_posterior": ("", "by the former 3D", "--label 2 --width 32 --stem 2 --epochs 18", ""),
 }
-HIPPOCAMPUS = ("anterior", "posterior")
+HIPPOCAMPUS = tuple(row for row in ROWS if row.endswith("terior"))
 
 
 def arguments(row: str) -> str:

@@ -45,6 +45,7 @@ SETS, NETS = "train, data, predict", "predict, layers"  # a folder of scans, a c
 
 MASK = np.zeros((16, 12, 6), np.uint8)  # of a file's array; 6 axial slices
 MASK[4:9, 3:8, 1:5] = 1
+TWO = np.uint8([1, 1, 2, 2, 2, 2])  # by slice
 SCAN = (np.random.default_rng(0).normal(100, 20, MASK.shape) + 80 * MASK).astype(np.int16)
 # Of one organ a column is a third: many values, but most voxels are as their neighbour.
 ATLAS = np.int16(np.arange(16)[:, None, None] // 6 + 3 * np.arange(72).reshape(12, 6))
@@ -168,7 +169,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
         ("different values: this is no mask; --label", SCAN, ATLAS, np.uint8(ATLAS.clip(max=200))),
     ]),
     ("train --label 99, data --label 99", "labelsTr/a.nii.gz; different values: this is no mask", {LABEL: SCAN}),
-    ("train, data", "labelsTr/a.nii.gz: every voxel is organ", {LABEL: MASK * 0 + 1}, {LABEL: MASK + 1}),
+    ("train, data", "labelsTr/a.nii.gz: every voxel is organ", {LABEL: MASK * 0 + 1}, {LABEL: MASK * 0 + 3}),
     ("train", "set; foreground; --label; nothing to learn", dict.fromkeys(LABELS, MASK * 0)),
     ("train --label 7", "set; foreground; --label [7]"),
     ("train --label 0", "--label; from 1"),
@@ -209,6 +210,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
 ]
 NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("data --label 1, train --label 1", "1 of 3 scans hold no voxel of label 1: a", {LABEL: MASK * 7}),
+    ("data, train, score", "labels hold the values 1, 2: taken for one organ; --label", {LABEL: MASK * TWO}),
     ("score, data", "labelsTr/a.nii.gz; 1.0e-05 mm", {LABEL: image(MASK, shift=1e-5)}),
     ("predict", "imagesTr/a.nii.gz; no orientation; a guess", {A: header(sform_code=0, qform_code=0)}),
     ("predict", "imagesTr/a.nii.gz; not at right angles; mm and ml", {A: header(srow_x=[1, 0.5, 0, 0])}),

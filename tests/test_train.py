@@ -61,10 +61,11 @@ def test_losses_have_names():
     (3, "", 2, 4), (3, "--spacing 1.2", 2, 2), (3, "--dims 3", 3, 2), (3, "--stem 1", 2, 1), (0.92, "", 2, 4),
     (0.88, "", 3, 4), (0.88, "--dims 2", 2, 4), (0.88, "--spacing 1.2", 3, 2), (3, "--crop 40", 2, 1),
 ])
-def test_what_the_voxels_decide(write_nifti, tmp_path, changes, apart, dims, stem):
+def test_what_the_voxels_decide(write_nifti, tmp_path, monkeypatch, changes, apart, dims, stem):
     """Of 0.6 x 0.6 mm, and `apart` from slice to slice: slices, or patches where they are about cubes. Fine ones enter
     in larger blocks, where there are 64 of them; in 3D the coarsest side counts. Slices are averaged over mm, whatever
-    --spacing makes of pixels."""
+    --spacing makes of pixels. A batch is one that all processes can share."""
+    monkeypatch.setenv("WORLD_SIZE", "7")
     squares = np.kron(np.eye(14), np.ones((10, 10)))[..., None].repeat(6, axis=2).astype(np.int16)
     for name, kind in product(("a", "b"), ("images", "labels")):
         write_nifti(tmp_path / kind / f"{name}.nii.gz", squares, np.diag([0.6, 0.6, apart, 1]))
@@ -73,6 +74,7 @@ def test_what_the_voxels_decide(write_nifti, tmp_path, changes, apart, dims, ste
     how = train.load_data(args)[2]["preprocess"]
     assert (args.dims, args.stem) == (dims, stem) and all(length % (2 * stem) == 0 for length in how["size"])
     assert how["smooth"] == (0 if dims == 3 else 1.5) and len(how["size"]) == dims
+    assert args.batch_size % 7 == 0
 
 
 @pytest.mark.parametrize(("changes", "chosen"), [
