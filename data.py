@@ -627,8 +627,8 @@ def pipeline(kind: str):
 
     geometry = iaa.Sequential([  # of a grid with a point every 4 pixels
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45), mode="edge"),
-        # Noise of up to `alpha` points (12 pixels), smoothed over `sigma`, which leaves about one pixel.
-        iaa.ElasticTransformation(alpha=(0.0, 3.0), sigma=(1.0, 2.0), order=1, mode="nearest"),
+        # Noise of up to `alpha` points (13 pixels), smoothed over `sigma`, which leaves about one pixel.
+        iaa.ElasticTransformation(alpha=(0.0, 3.3), sigma=(1.0, 2.0), order=1, mode="nearest"),
     ])
     intensity = iaa.Sequential([
         iaa.Multiply((0.6, 1.4)),  # contrast: the mean of a scan is 0
@@ -659,7 +659,8 @@ def augment(kind: str, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[
     x, y = ((np.arange(-1, math.ceil(n / CELL) + 1, dtype=np.float32) + 0.5) * CELL - 0.5 for n in (width, height))
     # What `geometry(...)` calls after checks and copies that are not needed here.
     grid = geometry.augment_batch_(Batch([np.stack(np.meshgrid(x, y), axis=-1)])).images_aug[0]
-    grid = cv2.resize(grid, None, fx=CELL, fy=CELL, interpolation=cv2.INTER_CUBIC)
+    # Linearly: OpenCV's cubic gives back no straight line, and what is only turned would ripple.
+    grid = cv2.resize(grid, None, fx=CELL, fy=CELL, interpolation=cv2.INTER_LINEAR)
     grid = grid[CELL : CELL + height, CELL : CELL + width]
 
     def warped(array: np.ndarray, interpolation: int) -> np.ndarray:
@@ -754,9 +755,12 @@ class PatchDataset(SliceDataset):
 # ---------------------------------------------------------------------------------------------------- data-set check
 
 
-def survey(pairs: Sequence[Pair]) -> list[float]:
-    """Median spacing in mm along the patient's axes (see `patient_spacing`), from the headers alone."""
-    return np.median([patient_spacing(open_nifti(pair.image)) for pair in pairs], axis=0).tolist()
+def survey(pairs: Sequence[Pair]) -> tuple[list[float], float]:
+    """From the headers alone, medians of: the spacing in mm along the patient's axes (see `patient_spacing`); the
+    voxels along the shortest side."""
+    images = [open_nifti(pair.image) for pair in pairs]
+    spacing = np.median([patient_spacing(image) for image in images], axis=0).tolist()
+    return spacing, float(np.median([min(image.shape[:3]) for image in images]))
 
 
 def slice_axis(spacing: Sequence[float]) -> int:

@@ -315,7 +315,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--labels", metavar="DIR", help="label files of the same names: scores.csv and a summary")
     add("--held-out", action="store_true", help="only the scans that the run kept for validation")
     add("--largest-component", action="store_true", help="keep the largest connected part only")
-    add("--batch-size", type=int, default=16, metavar="N", help="slices, in 3D patches, at a time (default: 16)")
+    add("--batch-size", type=int, default=16, metavar="N",
+        help="slices at a time, in 3D at most 2 patches (default: 16)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: a GPU where there is one)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="of the network's arithmetic (default: bf16 where the hardware has it)")

@@ -89,7 +89,7 @@ visualize.planes(scan.array, [truth], scan.spacing)
 # %%
 args = train.parse_args(["--data", str(folder), "--cache", "runs/tour/cache", "--tensorboard", "runs/tour/logs",
                          "--out", "runs/tour/first", "--resume", "--epochs", str(EPOCHS),
-                         "--steps", str(STEPS), "--width", "16", "--batch-size", "8", "--workers", "0"])
+                         "--steps", str(STEPS), "--dims", "2", "--batch-size", "8", "--workers", "0"])
 train_scans, val_scans, kept = train.load_data(args)
 how, split = kept["preprocess"], kept["split"]
 before = [data.read_scan(pair.image) for pair in pairs[:4]]
@@ -313,6 +313,8 @@ Markdown(f"```python\n{inspect.getsource(train.fit_lightning)}```")
 # python predict.py Task02_Heart/imagesTs --checkpoint runs/heart/last.pt --out masks
 # python visualize.py movie Task02_Heart/imagesTs/la_001.nii.gz masks/la_001.nii.gz --out movie.html
 # ```
+#
+# There, voxels are about cubes, so `train.py` takes patches of the volume instead of slices: the same in 3D.
 #
 # Things to try here, in this notebook:
 #

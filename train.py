@@ -527,9 +527,10 @@ def share_cores(args: argparse.Namespace, device: torch.device) -> int:
     """Divide the cores between the threads of PyTorch and the workers, whose number is returned.
 
     On a CPU the threads take all cores, and as many workers the moments when a step does not need them (see
-    `start_worker`): on two cores an epoch of the default takes 18 s so, 20 with one thread and one worker, 23 and more
-    where workers do not give way, since threads wait for the one that was pushed from its core; in 3D 70 against 77.
-    A GPU needs no threads, and as many workers as can be had: a core makes some 500 slices a second.
+    `start_worker`). Where workers do not give way, threads wait for the one that was pushed from its core: on two cores
+    a step of slices took 62 to 70 ms so, 66 with one thread and one worker, 80 where the worker did not give way; at
+    width 32 a step of patches took 251, and 271 with one worker. A GPU needs no threads, and as many workers as can be
+    had: a core makes some 500 slices a second.
     """
     cores = max(data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     if device.type == "cpu":
@@ -545,7 +546,7 @@ def start_worker(polite: bool, _: int) -> None:
     """In a worker: Ctrl-C is for the main process, which ends its workers; if polite, give way to its threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if polite and hasattr(os, "nice"):  # not on Windows
-        os.nice(19)
+        os.nice(10)
 
 
 def describe(device: torch.device, workers: int, world_size: int) -> dict[str, str]:
@@ -591,15 +592,19 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     split = saved["split"] if saved else data.split_scans([pair.name for pair in pairs], args.folds, args.fold)
     if saved:
         pairs = keep_split(pairs, split, args.data)
-    median = data.survey(pairs)
+    median, thinnest = data.survey(pairs)
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
+    if saved:  # what may depend on files, or on the number of processes, stays
+        args.dims = args.dims or saved["args"]["dims"]
+        args.batch_size = args.batch_size or saved["args"]["batch_size"]
+    if args.size:
+        args.dims = args.dims or len(args.size)
+        require(len(args.size) == args.dims > 1, "--size: expected two numbers, H W, or in 3D three, D H W")
     # The stem's blocks and the kernels are cubes of voxels, and should be about cubes of the patient.
-    args.dims = args.dims or (3 if max(median) <= 1.5 * min(median) else 2)
+    args.dims = args.dims or (3 if max(median) <= 1.5 * min(median) and thinnest >= 16 else 2)
     args.depth = DEFAULTS[args.dims]["depth"] if args.depth is None else args.depth
     args.epochs = args.epochs or DEFAULTS[args.dims]["epochs"]
-    if args.size:
-        require(len(args.size) == args.dims, f"--size: expected {args.dims} numbers, for --dims {args.dims}")
     how = {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
            "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH if args.dims == 2 else 0.0}
     scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
@@ -652,6 +657,8 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
                             "another --out")
     if changed := [name for name, sums in new["files"].items() if sums != old["files"][name]]:
         warnings.warn(f"changed since the run began, which goes on with what is there: {listed(changed)}", stacklevel=2)
+    if (before := old["machine"]["code"]) != new["machine"]["code"]:
+        warnings.warn(f"the run began with the code {before}: what changed since may change its course", stacklevel=2)
     if (before := old["machine"]["shared"]) != new["machine"]["shared"]:
         warnings.warn(f"the run had {before}: with others the last bits may differ", stacklevel=2)
     done, epochs = len(saved["log"]), new["epochs"]
@@ -689,7 +696,7 @@ def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
 EXAMPLES = """examples:
   python train.py --data Task02_Heart --out runs/heart            a new run
   python train.py --data Task02_Heart --out runs/heart --resume   go on where it stopped
-  python train.py --data Task02_Heart --dims 2                    by slices, as of thick ones in any case"""
+  python train.py --data Task02_Heart --dims 2                    by slices, whatever the voxels"""
 
 
 def number(low: float, high: float = 1e6, kind: type = int) -> Callable[[str], float]:
@@ -730,17 +737,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--spacing", type=share(0.05, 20), metavar="MM", help="resample pixels, in 3D voxels, of scans that are more "
         "than 15 %% off (default: the median)")
     add("--size", "--patch", type=positive, nargs="+", metavar="N", help="H W of training slices, D H W of patches "
-        f"(default: the median of the scans, in 3D at most {LARGEST_PATCH} times the stem)")
+        f"(default: the median of the scans, in 3D at most {LARGEST_PATCH} times the stem, at least times 2)")
     add("--augment", default="full", choices=("none", "geometry", "full"), help="see data.py")
 
     add = parser.add_argument_group("network").add_argument
-    add("--dims", type=int, choices=(2, 3), help="2: slices, 3: patches (default: 3, but 2 where slices lie more than "
-        "1.5 times as far apart as pixels)")
+    add("--dims", type=int, choices=(2, 3), help="2: slices, 3: patches (default: 3, but 2 of voxels more than 1.5 "
+        "times as long as they are wide, or of fewer than 16 slices)")
     add("--width", type=positive, default=16, metavar="N", help="channels of the first level")
     add("--depth", type=number(0, 8), metavar="N",
         help=f"poolings (default: {slices['depth']}, in 3D {patches['depth']})")
     add("--stem", type=number(1, 8), metavar="N", help="voxels a side that enter as channels, 1: classical "
-        "(default: 2; 4 of voxels below 0.9 mm; 1 of scans below 64 voxels a side)")
+        "(default: 2; 4 of voxels below 0.9 mm; 1 of slices, in 3D scans, below 64 voxels a side)")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
     add("--attention", action="store_true", help="attention gates on the skips")
 
@@ -750,7 +757,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         f"(default: {slices['epochs']}, in 3D {patches['epochs']})")
     add("--steps", "--limit-batches", type=positive, default=250, metavar="N", help="batches an epoch")
     add("--batch-size", type=positive, metavar="N", help="of all processes together (default: as many as keep a step "
-        "short, 4 to 16 slices, 2 to 16 patches)")
+        "short, 4 to 16 slices, 2 to 16 patches, a multiple of the processes)")
     add("--lr", type=share(0), default=4e-3, help="highest learning rate of AdamW")
     add("--schedule", default="onecycle", choices=("onecycle", "constant"), help="learning rate over the steps")
     add("--weight-decay", type=share(0), default=1e-2, help="of AdamW; with 0 it is Adam")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The proof on a GPU, in twelve minutes at most: tests, both defaults, timings, larger networks, in this order.
+# The proof on a GPU, in twelve minutes at most: tests, the default, slices, timings, larger networks, in this order.
 #
 #     benchmarks/gpu.sh DATA OUT                          # a bare machine with Python and a driver will do
 #     benchmarks/gpu.sh DATA OUT --device cpu --tiny      # a dry run of the whole, in tiny form

@@ -32,14 +32,14 @@ from losses import DiceLoss
 from unet import UNet
 
 SCRATCH = ROOT / "cache" / "speed"  # synthetic scans and their cache, kept from call to call
-# Few batches of small slices, so that all trainings of the row `engines` take about ten minutes.
+# Few batches of small slices or patches, so that all trainings of the row `engines` take about ten minutes.
 FULL = {"size": (192, 160), "batch": 8, "volume": (110, 320, 320), "scans": 20,
         "first recipe": {"width": 64, "norm": "none"},
         "default": {"width": 16, "depth": 3, "stem": 4},  # of slices below 0.9 mm
-        "trainings": {"width 8": "--width 8 --size 128 96 --limit-batches 30 --epochs 3 --workers 1",
-                      "width 64": "--width 64 --size 64 64 --limit-batches 5 --epochs 3 --workers 1",
+        "trainings": {"width 8": "--dims 2 --width 8 --size 128 96 --limit-batches 30 --epochs 3 --workers 1",
+                      "width 64": "--dims 2 --width 64 --size 64 64 --limit-batches 5 --epochs 3 --workers 1",
                       "default": "--dims 3 --stem 4 --size 80 128 128 --limit-batches 60 --epochs 3"}}
-TINY = "--width 2 --depth 1 --size 16 16 --limit-batches 2 --epochs 2 --workers 0"
+TINY = "--dims 2 --width 2 --depth 1 --size 16 16 --limit-batches 2 --epochs 2 --workers 0"
 QUICK = {"size": (32, 32), "batch": 2, "volume": (4, 32, 32), "scans": 2, "first recipe": {"width": 2},
          "default": {"width": 2}, "trainings": {"width 8": TINY, "default": TINY}}  # for a test to run every row
 
@@ -115,7 +115,7 @@ def monai_augment() -> Callable:
         t.Rand2DElasticd(["image", "mask"], (20, 20), (0, 3), prob=1, rotate_range=np.pi / 4, scale_range=0.15,
                          mode=["bilinear", "nearest"], padding_mode="zeros"),
         t.RandScaleIntensityd("image", 0.4, prob=1), t.RandShiftIntensityd("image", 0.7, prob=1),
-        t.RandGaussianNoised("image", prob=0.25, std=0.2), t.RandGaussianSmoothd("image", (0, 1), (0, 1), prob=0.25),
+        t.RandGaussianNoised("image", prob=0.1, std=0.2), t.RandGaussianSmoothd("image", (0, 1), (0, 1), prob=0.25),
         t.ToNumpyd(["image", "mask"])])
     return lambda image, mask, seed: augment({"image": image, "mask": mask}).values()
 
@@ -178,7 +178,7 @@ def data_path(s: dict, device: torch.device) -> list[dict]:
 
 
 def prediction(s: dict, device: torch.device) -> list[dict]:
-    """Prediction of a scan of 320 x 320 x 110 by the default network, over a plain loop over its slices."""
+    """Prediction of a scan of 320 x 320 x 110 by the network of --dims 2, over a plain loop over its slices."""
     volume = np.random.default_rng(0).normal(size=s["volume"]).astype(np.float16)
     plain, net = (UNet(**s["default"]).to(device).eval() for _ in range(2))
     net = net.to(memory_format=net.memory_format)

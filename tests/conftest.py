@@ -46,7 +46,7 @@ def run_args(phantoms, tmp_path):
     folders = ["--cache", str(tmp_path / "cache"), "--tensorboard", str(tmp_path / "logs")]
     folders += ["--out", str(tmp_path / "run")]
     tiny = ["--width", "4", "--depth", "2", "--epochs", "2", "--steps", "7", "--batch-size", "8", "--folds", "3"]
-    tiny += ["--stem", "2", "--precision", "fp32"]
+    tiny += ["--dims", "2", "--stem", "2", "--precision", "fp32"]
     return ["--data", str(phantoms), *folders, *tiny, "--workers", "0", "--device", "cpu"]
 
 

@@ -184,7 +184,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("train --lr -1, train --lr nan", "--lr"),
     ("train", "--folds 3: expected", dict.fromkeys(SCANS[1:] + LABELS[1:])),  # one scan is left
     ("train --dims 3 --patch 0 32 32", "--patch; 0: expected a number from 1"),
-    ("train --size 7, train --dims 3 --size 7 7", "--size: expected; numbers, for --dims"),
+    ("train --size 7, train --dims 3 --size 7 7", "--size: expected two numbers, H W, or in 3D three"),
     ("train --size 4 4 --depth 3 --norm batch, train --size 7 7 --depth 3, train --size 4 4 --depth 2 --norm instance, "
      "train --depth 8 --width 1000 --size 32 32", "--size; lower --depth"),
     ("train --crop 6", "a.nii.gz; 12; 16; --crop 6"),

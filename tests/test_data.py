@@ -114,7 +114,7 @@ def test_all_48_orientations_come_upright_and_go_back_and_labels_with_them(tmp_p
 def test_the_coarsest_axis_is_the_slice_axis(pairs, write_nifti):
     for pair, spacing in zip(pairs, [(4, 1, 1), (5, 1, 1), (1, 1, 9)], strict=True):
         write_nifti(pair.image, *stored_as(np.zeros((3, 3, 3), np.uint8), "PSL", spacing))
-    assert data.survey(pairs) == [4, 1, 1]
+    assert data.survey(pairs) == ([4, 1, 1], 3)
     assert data.slice_axis([4, 1, 1]) == 0 and data.slice_axis([1, 1, 1]) == 2  # a tie: inferior-superior
 
 

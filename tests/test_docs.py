@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 import phantom
@@ -33,11 +35,13 @@ def commands(text):
 
 @pytest.fixture(scope="module")
 def heart(tmp_path_factory):
-    """Five phantoms in the layout of the real data set."""
+    """Five phantoms in the layout of the real data set, and with voxels as its: about cubes."""
     root = phantom.write_dataset(tmp_path_factory.mktemp("heart") / "Task02_Heart", scans=5, test=1, size=0.5)
     (root / "imagesTs" / "la_005.nii.gz").rename(root / "imagesTs" / "la_001.nii.gz")
     for folder in ("imagesTr", "labelsTr"):
         (root / folder / "la_001.nii.gz").rename(root / folder / "la_029.nii.gz")
+        for path in (root / folder).iterdir():
+            nib.save(nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), np.diag([2, 2, 2.5, 1])), path)
         (root / folder / "._la_003.nii.gz").write_bytes(b"Mac OS X")
     return root
 

@@ -57,24 +57,30 @@ def test_losses_have_names():
             train.make_loss("no such loss", processes)
 
 
-@pytest.mark.parametrize(("apart", "changes", "dims", "stem"), [
-    (3, "", 2, 4), (3, "--spacing 1.2", 2, 2), (3, "--dims 3", 3, 2), (3, "--stem 1", 2, 1), (0.92, "", 2, 4),
-    (0.88, "", 3, 4), (0.88, "--dims 2", 2, 4), (0.88, "--spacing 1.2", 3, 2), (3, "--crop 40", 2, 1),
+@pytest.mark.parametrize(("apart", "slices", "changes", "dims", "stem"), [
+    (3, 16, "", 2, 4), (3, 6, "--spacing 1.2", 2, 2), (3, 6, "--dims 3", 3, 2), (3, 6, "--stem 1", 2, 1),
+    (0.92, 16, "", 2, 4), (0.88, 16, "", 3, 4), (0.88, 15, "", 2, 4), (0.88, 16, "--dims 2", 2, 4),
+    (0.88, 16, "--spacing 1.2", 3, 2), (3, 6, "--crop 40", 2, 1), (0.88, 16, "--size 32 32", 2, 4),
+    (3, 6, "--size 16 32 32", 3, 2),
 ])
-def test_what_the_voxels_decide(write_nifti, tmp_path, monkeypatch, changes, apart, dims, stem):
-    """Of 0.6 x 0.6 mm, and `apart` from slice to slice: slices, or patches where they are about cubes. Fine ones enter
-    in larger blocks, where there are 64 of them; in 3D the coarsest side counts. Slices are averaged over mm, whatever
-    --spacing makes of pixels. A batch is one that all processes can share."""
+def test_what_the_voxels_decide(write_nifti, tmp_path, monkeypatch, apart, slices, changes, dims, stem):
+    """Of 0.6 x 0.6 mm, and `apart` from slice to slice: slices, or patches where voxels are about cubes, and not few.
+    Fine ones enter in larger blocks, where there are 64 of them; in 3D the coarsest side counts. Slices are averaged
+    over mm, whatever --spacing makes of pixels. A batch is one that all processes can share."""
     monkeypatch.setenv("WORLD_SIZE", "7")
-    squares = np.kron(np.eye(14), np.ones((10, 10)))[..., None].repeat(6, axis=2).astype(np.int16)
+    squares = np.kron(np.eye(14), np.ones((10, 10)))[..., None].repeat(slices, axis=2).astype(np.int16)
     for name, kind in product(("a", "b"), ("images", "labels")):
         write_nifti(tmp_path / kind / f"{name}.nii.gz", squares, np.diag([0.6, 0.6, apart, 1]))
     command = f"--data {tmp_path} --cache {tmp_path}/cache --folds 2 --depth 1 {changes}"
     args = train.parse_args(command.split())
-    how = train.load_data(args)[2]["preprocess"]
+    *_, kept = train.load_data(args)
+    how, again = kept["preprocess"], train.parse_args(command.split())
     assert (args.dims, args.stem) == (dims, stem) and all(length % (2 * stem) == 0 for length in how["size"])
     assert how["smooth"] == (0 if dims == 3 else 1.5) and len(how["size"]) == dims
     assert args.batch_size % 7 == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train.load_data(again, kept | {"args": vars(args)})  # when it goes on
+    assert vars(again) == vars(args)
 
 
 @pytest.mark.parametrize(("changes", "chosen"), [
@@ -264,7 +270,7 @@ def test_resume_is_refused_where_arguments_or_data_are_others(quick, tmp_path, m
         refuse(capsys, [*quick, "--resume", f"--{name.replace('_', '-')}", value], name)
     with monkeypatch.context() as patch:  # the same names, another spacing
         survey = data.survey
-        patch.setattr(data, "survey", lambda pairs: [mm * 1.3 for mm in survey(pairs)])
+        patch.setattr(data, "survey", lambda pairs: ([mm * 1.3 for mm in survey(pairs)[0]], 16))
         refuse(capsys, [*quick, "--resume"], "was trained with preprocess")
     with monkeypatch.context() as patch:  # another machine, on which another arithmetic is chosen
         patch.setattr(predict, "pick_precision", lambda *_: torch.bfloat16)
@@ -278,8 +284,8 @@ def test_resume_is_refused_where_arguments_or_data_are_others(quick, tmp_path, m
     assert longer["log"][2]["train/lr"] == pytest.approx(4e-3 * train.lr_at(11, 12))
 
 
-def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms, tmp_path, capsys):
-    """More epochs, a label that was redrawn, a scan that was added: told. A scan that is gone: refused."""
+def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms, tmp_path, monkeypatch, capsys):
+    """More epochs, a label that was redrawn, a scan that was added, other code: told. A scan that is gone: refused."""
     copy = shutil.copytree(phantoms, tmp_path / "copy")
     job = [*quick, "--data", str(copy), "--epochs", "1"]
     assert train.main(job) == 0
@@ -288,10 +294,14 @@ def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms,
     for kind in ("imagesTr", "labelsTr"):
         shutil.copy(copy / kind / "la_003.nii.gz", copy / kind / "la_0000.nii.gz")
     capsys.readouterr()
-    assert train.main([*job, "--resume", "--epochs", "3"]) == 0
+    with monkeypatch.context() as patch:
+        describe = train.describe
+        patch.setattr(train, "describe", lambda *machine: describe(*machine) | {"code": "of today"})
+        assert train.main([*job, "--resume", "--epochs", "3"]) == 0
     told = capsys.readouterr().err
     assert "added since the run began, left out: la_0000" in told and "goes on with what is there: la_001" in told
-    assert "--epochs was 1, is 3: the learning rate goes on at" in told and told.count("note:") == 3
+    assert "--epochs was 1, is 3: the learning rate goes on at" in told and told.count("note:") == 4
+    assert "the run began with the code" in told
     after = snapshot(tmp_path / "run")
     assert after["split.json"] == before["split.json"]
     starts = [json.loads(after[name])["epochs"] for name in ("args.json", "args-2.json")]

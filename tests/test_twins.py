@@ -112,7 +112,7 @@ def test_two_processes_equal_one_and_their_engines_are_twins(quick, tmp_path):
         assert b["val/foreground_truth"] == a["val/foreground_truth"]
     # Adam divides by the gradient's size: where that is near 0, rounding grows to a share of the learning rate, 4e-3.
     apart = torch.cat([(one["model"][name] - two["model"][name]).abs().flatten() for name in one["model"]])
-    assert apart.mean() < 5e-4
+    assert apart.mean() < 5e-4 and apart.quantile(0.99) < 2e-3
 
 
 def test_torchrun_runs_the_real_command(quick, tmp_path):
