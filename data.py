@@ -625,7 +625,7 @@ def pipeline(kind: str):
     iaa = import_imgaug()
     from imgaug.random import RNG
 
-    geometry = iaa.Sequential([  # of a grid with a point every 4 pixels
+    geometry = iaa.Sequential([  # of a grid with a point every CELL pixels
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45), mode="edge"),
         # Noise of up to `alpha` points (13 pixels), smoothed over `sigma`, which leaves about one pixel.
         iaa.ElasticTransformation(alpha=(0.0, 3.3), sigma=(1.0, 2.0), order=1, mode="nearest"),
