@@ -530,7 +530,7 @@ def share_cores(args: argparse.Namespace, device: torch.device) -> int:
     `start_worker`). Where workers do not give way, threads wait for the one that was pushed from its core: on two cores
     a step of slices took 62 to 70 ms so, 66 with one thread and one worker, 80 where the worker did not give way; at
     width 32 a step of patches took 251, and 271 with one worker. A GPU needs no threads, and as many workers as can be
-    had: a core makes some 500 slices a second.
+    had: a core makes about 400 slices a second.
     """
     cores = max(data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     if device.type == "cpu":

@@ -315,6 +315,12 @@ def test_taken(met_by, words, plants, root):
             assert mask.shape == source.shape and np.array_equal(mask.affine, source.affine) and not path.is_symlink()
 
 
+def test_an_empty_label_that_is_scored_is_named(root):
+    sow({LABEL: MASK * 0})
+    told = [line for line in run("score")[1].splitlines() if line.endswith("its label is empty, no voxel is organ")]
+    assert len(told) == 1 and told[0].startswith("a: ")
+
+
 def test_the_check_finds_every_problem_and_no_other(root):
     sow({A: b"x" * 999, LABELS[1]: MASK * 0, LABELS[2]: image(MASK, shift=1e-5), SCANS[2]: SCAN * 0,
          "set/imagesTr/d.nii": SCAN, "set/labelsTr/e.nii": MASK})
