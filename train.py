@@ -546,7 +546,7 @@ def start_worker(polite: bool, _: int) -> None:
     """In a worker: Ctrl-C is for the main process, which ends its workers; if polite, give way to its threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if polite and hasattr(os, "nice"):  # not on Windows
-        os.nice(10)
+        os.nice(19)
 
 
 def describe(device: torch.device, workers: int, world_size: int) -> dict[str, str]:
