@@ -53,7 +53,7 @@ from tqdm import tqdm
 PLANES = ("LIP", "PIL", "SPL")
 # ... and which of the patient's axes that is: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
 PATIENT_AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
-CACHE_VERSION = 4  # Part of every cache key: raise it when `preprocess` changes, or what is refused.
+CACHE_VERSION = 5  # Part of every cache key: raise it when `preprocess` changes, or what is refused.
 NIFTI = (".nii", ".nii.gz")
 # What a scan that is no NIfTI is, what makes one of it, and the endings by which it is known.
 FOREIGN = {
@@ -357,7 +357,14 @@ def patient_spacing(image: nib.Nifti1Image) -> list[float]:
 
 
 def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) -> np.ndarray:
-    """The foreground of a label file, uint8 (D, H, W) on the grid of its scan.
+    """The foreground of a label file, uint8 (D, H, W) on the grid of its scan: see `read_label`."""
+    mask, values = read_label(path, scan, label)
+    note_labels({Path(path).name: values}, label)
+    return mask
+
+
+def read_label(path: str | Path, scan: Scan, label: Sequence[int] | None = None) -> tuple[np.ndarray, list[float]]:
+    """The foreground of a label file, uint8 (D, H, W) on the grid of its scan, and the file's values above 0.
 
     A label on the same grid in space whose axes are stored in another order or direction is turned.
 
@@ -394,29 +401,36 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
     if rounding:
         warnings.warn(f"{found}; rounded to whole numbers", stacklevel=2)
         array = np.rint(array)
-    organs = np.unique(np.rint(values[values > 0.5]))
-    if not label and len(organs) > 1:  # without the file's name: told once, not of each
-        warnings.warn(f"labels hold the values {listed(organs)}: taken for one organ; --label chooses", stacklevel=2)
     foreground = np.isin(array, list(label)) if label else array > 0
     # The scan's affine, not the label's own: at 45 degrees a last digit decides which axis is the closest.
-    return np.ascontiguousarray(upright(foreground, goal, scan.axis), dtype=np.uint8)
+    mask = np.ascontiguousarray(upright(foreground, goal, scan.axis), dtype=np.uint8)
+    return mask, np.unique(np.rint(values[values > 0.5])).tolist()
 
 
-def read_pair(pair: Pair, axis: int, label: Sequence[int] | None) -> tuple[Scan, np.ndarray]:
-    """A scan and its mask, to learn from. Raises DataError where there is nothing to see, or nothing but organ."""
+def read_pair(pair: Pair, axis: int, label: Sequence[int] | None) -> tuple[Scan, np.ndarray, list[float]]:
+    """A scan, its mask and the label's values, to learn from. Raises DataError where there is nothing to see, or
+    nothing but organ."""
     scan = read_scan(pair.image, axis)
-    mask = read_mask(pair.label, scan, label)
+    mask, values = read_label(pair.label, scan, label)
     low, high = scan.array.min(), scan.array.max()
     require(low < high, f"{pair.image}: every voxel is {low:g}; there is nothing to see in this scan")
     require(not mask.all(), f"{pair.label}: every voxel is organ; expected 0 around it, or choose values by --label")
-    return scan, mask
+    return scan, mask, values
 
 
-def note_absent(names: Sequence[str], total: int, label: Sequence[int] | None) -> None:
-    """Warn of scans without a voxel of the organ, some of `total`: that is allowed, but may be a wrong value."""
-    if 0 < len(names) < total:
+def note_labels(values: dict[str, Sequence[float]], label: Sequence[int] | None) -> None:
+    """Warn of what is allowed, but may be a wrong `label`; `values`: what the label file of each scan holds, but 0."""
+    found = set(itertools.chain(*values.values()))
+    if not label and len(found) > 1:
+        warnings.warn(f"labels hold the values {listed(sorted(found))}: taken for one organ; --label chooses",
+                      stacklevel=2)
+    nowhere = [value for value in label or [] if value not in found]
+    if nowhere and found.intersection(label):
+        warnings.warn(f"--label {' '.join(map(str, label))}: {listed(nowhere)} is in no label file", stacklevel=2)
+    absent = [name for name, held in values.items() if not set(held).intersection(label or held)]
+    if 0 < len(absent) < len(values):
         organ = f"label {' or '.join(map(str, label))}" if label else "any label"
-        warnings.warn(f"{len(names)} of {total} scans hold no voxel of {organ}: {listed(names)}", stacklevel=2)
+        warnings.warn(f"{len(absent)} of {len(values)} scans hold no voxel of {organ}: {listed(absent)}", stacklevel=2)
 
 
 # --------------------------------------------------------------------------------------------------------- preprocess
@@ -506,7 +520,7 @@ def crop_or_pad(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
 class CachedScan(NamedTuple):
     """A preprocessed scan on disk, slices first. `scan.open("image")` is float16 (D, H, W), as the network sees it;
     "mask" is uint8 on the same grid; "truth" is uint8 on the scan's own grid, and what is scored against; "spacing" is
-    the scan's own, (3,) in mm."""
+    the scan's own, (3,) in mm; "values" are those of the label file, above 0."""
 
     name: str
     folder: Path
@@ -541,7 +555,7 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
     folder = cache_folder / f"{pair.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return CachedScan(pair.name, folder)
-    scan, truth = read_pair(pair, how["axis"], how["label"])
+    scan, truth, values = read_pair(pair, how["axis"], how["label"])
     image = preprocess(scan.array, scan.spacing, how, pair.image)
     mask = preprocess(truth, scan.spacing, how, pair.image)
     with one_line(folder):
@@ -549,7 +563,8 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
         with TemporaryDirectory(dir=cache_folder, prefix=".") as temporary:
             whole = Path(temporary, "scan")
             whole.mkdir()
-            for kind, array in (("image", image), ("mask", mask), ("truth", truth), ("spacing", scan.spacing)):
+            for kind, array in (("image", image), ("mask", mask), ("truth", truth), ("spacing", scan.spacing),
+                                ("values", values)):
                 np.save(whole / f"{kind}.npy", array)
             with contextlib.suppress(OSError):  # another run was faster
                 whole.rename(folder)
@@ -571,8 +586,7 @@ def cache_scans(pairs: Sequence[Pair], how: dict, folder: str | Path) -> list[Ca
     with ThreadPoolExecutor(min(4, cpu_count())) as pool:
         jobs = pool.map(partial(cache_scan, how=how, cache_folder=Path(folder)), pairs)
         scans = list(tqdm(jobs, "reading", len(pairs), unit=" scans", leave=False, disable=None))
-    absent = [scan.name for scan in scans if not scan.open("truth").view(bool).any()]  # stops at the first voxel
-    note_absent(absent, len(scans), how["label"])
+    note_labels({scan.name: scan.open("values").tolist() for scan in scans}, how["label"])
     return scans
 
 
@@ -771,10 +785,10 @@ def slice_axis(spacing: Sequence[float]) -> int:
 def check(root: str | Path, label: Sequence[int] | None = None) -> None:
     """Print what is in a data set, a line for each scan. Raises DataError with a line for each problem."""
     pairs, problems = match_files(root)
-    sound, absent = [], []
+    sound, absent, found = [], [], {}
     for pair in pairs:
         try:
-            scan, mask = read_pair(pair, 2, label)
+            scan, mask, found[pair.name] = read_pair(pair, 2, label)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -785,10 +799,9 @@ def check(root: str | Path, label: Sequence[int] | None = None) -> None:
         print(f"{printable(pair.name):20} {listed(mask.shape, ' x '):>15} voxels of {listed(scan.spacing, ' x '):>21} "
               f"mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, foreground {mask.mean():.2%}", flush=True)
     checksums(sound)
-    if label and len(absent) < len(pairs):
-        note_absent([pair.name for pair in absent], len(pairs), label)
-    else:
+    if not label or len(absent) == len(pairs):
         problems += [f"{pair.label}: no voxel is foreground; check --label, or remove the scan" for pair in absent]
+    note_labels(found, label)
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
     if problems:
         raise DataError(*problems)

@@ -282,14 +282,15 @@ def predict(args: argparse.Namespace) -> list[dict]:
     for path in files:  # All are looked at before the first mask is written.
         data.open_nifti(path)
 
-    rows: list[dict] = []
+    rows, values = [], {}
     bar = "{desc} {n_fmt} of {total_fmt} scans, {remaining} left |{bar}|"
     for name, path in tqdm(scans.items(), "predicting", bar_format=bar, disable=None):
         scan, probability = predict_scan(path, net, how, precision, args.batch_size)
         mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5
         rows.append({"name": name, "mask": str(targets[name]), "confidence": confidence(probability)})
         if labels:  # first: of a broken label, no mask
-            rows[-1] |= score(mask, data.read_mask(labels[name], scan, how["label"]) > 0, scan.spacing)
+            truth, values[name] = data.read_label(labels[name], scan, how["label"])
+            rows[-1] |= score(mask, truth > 0, scan.spacing)
         write_on_scan_grid(targets[name], mask, scan)
     print(f"{len(rows)} masks in {args.out}")
     for row in rows:
@@ -300,7 +301,11 @@ def predict(args: argparse.Namespace) -> list[dict]:
             print(f"{name}: doubtful, confidence {row['confidence']:.3f}, below {checkpoint['doubt_below']:.3f}")
         if row.get("truth_ml") == 0:
             print(f"{name}: its label is empty, no voxel is organ")
+    before = {path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in targets.values()}
+    if before:
+        print(f"note: {args.out} holds masks that were there before: {data.listed(sorted(before))}", file=sys.stderr)
     if labels:
+        data.note_labels(values, how["label"])
         data.write_csv(Path(args.out, "scores.csv"), rows)
         print(f"{summarise(rows)}\n{args.out}/scores.csv")
     return rows

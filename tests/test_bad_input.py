@@ -211,6 +211,8 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
 NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("data --label 1, train --label 1", "1 of 3 scans hold no voxel of label 1: a", {LABEL: MASK * 7}),
     ("data, train, score", "labels hold the values 1, 2: taken for one organ; --label", {LABEL: MASK * TWO}),
+    ("data --label 1 9, train --label 9 1", "--label; 9 is in no label file"),
+    ("predict", "note: out holds masks that were there before: ~.nii.gz", {"out/~.nii.gz": MASK}),
     ("score, data", "labelsTr/a.nii.gz; 1.0e-05 mm", {LABEL: image(MASK, shift=1e-5)}),
     ("predict", "imagesTr/a.nii.gz; no orientation; a guess", {A: header(sform_code=0, qform_code=0)}),
     ("predict", "imagesTr/a.nii.gz; not at right angles; mm and ml", {A: header(srow_x=[1, 0.5, 0, 0])}),
@@ -307,7 +309,7 @@ def test_taken(met_by, words, plants, root):
     noted = "; ".join(words) in [row[1] for row in NOTED]
     assert err.startswith("note: ") and all(word in err for word in words) if noted else err == "", err
     if met_by in ("predict", "score"):
-        scans, masks = data.by_name(data.nifti_files(Path("set/imagesTr"))), list(Path("out").glob("*.nii.gz"))
+        scans, masks = data.by_name(data.nifti_files(Path("set/imagesTr"))), list(Path("out").glob("[!.~]*.nii.gz"))
         labels = {path.name.lower() for path in Path("set/labelsTr").glob("[!.R]*")}  # hidden ones, README.txt
         assert {path.name.lower() for path in masks} == labels
         for path in masks:

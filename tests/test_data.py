@@ -204,7 +204,8 @@ def test_a_warm_cache_holds_what_it_says_and_is_only_read(pairs, tmp_path, monke
         return load(*args, **options)
 
     def scans():
-        with pytest.warns(UserWarning, match="^1 of 3 scans hold no voxel of label 1 or 3: la_1$"):  # each time
+        with (pytest.warns(UserWarning, match="^1 of 3 scans hold no voxel of label 1 or 3: la_1$"),  # each time
+              pytest.warns(UserWarning, match="^--label 1 3: 3 is in no label file$")):
             return data.cache_scans(pairs, how, tmp_path / "cache")
 
     how = HOW | {"label": [1, 3], "spacing": [None, 2 / 3, 2 / 3], "crop": 3}  # 12 voxels are 18, and then 12
