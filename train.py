@@ -429,6 +429,7 @@ LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEFAULTS = {2: {"depth": 3, "epochs": 22}, 3: {"depth": 2, "epochs": 12}}
 SMOOTH = 1.5  # mm, deviation of the Gaussian that averages slices at prediction, in 2D
+VALIDATED = 500_000_000  # voxels that are scored after an epoch at most: a minute on two cores
 LARGEST_PATCH = (20, 32, 32)  # times the stem, at least times 2: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
 # What a resumed run may change: where and how it runs; and --epochs, which moves the learning rate: `compare` says so.
 MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "workers", "compile", "epochs"}
@@ -527,10 +528,10 @@ def share_cores(args: argparse.Namespace, device: torch.device) -> int:
     """Divide the cores between the threads of PyTorch and the workers, whose number is returned.
 
     On a CPU the threads take all cores, and as many workers the moments when a step does not need them (see
-    `start_worker`). Where workers do not give way, threads wait for the one that was pushed from its core: on two cores
-    a step of slices took 62 to 70 ms so, 66 with one thread and one worker, 80 where the worker did not give way; at
-    width 32 a step of patches took 251, and 271 with one worker. A GPU needs no threads, and as many workers as can be
-    had: a core makes about 400 slices a second.
+    `start_worker`): where workers do not give way, threads wait for the one that was pushed from its core. A step of
+    the default took 128 ms on two cores, 138 where workers gave way less (nice 10), 154 with one worker, and 200 on one
+    core; a step of slices 66, as with one thread and one worker, and 80 where the worker did not give way. A GPU needs
+    no threads, and as many workers as can be had: a core makes about 400 slices a second.
     """
     cores = max(data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     if device.type == "cpu":
@@ -578,8 +579,7 @@ def tensorboard_folder(run: Run) -> Path:
 def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list, list, dict]:
     """Training and validation scans (`data.CachedScan`), and what a checkpoint keeps of the data.
 
-    Fills in the arguments that depend on the scans, or on --dims, which depends on them. A run that goes on keeps its
-    split.
+    Fills in the arguments that depend on the scans. A run that goes on keeps its split.
 
     Returns:
         train, val, and a dict: split, files (checksums), preprocess (see `data.preprocess`; `size` is of a sample).
@@ -592,6 +592,28 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     split = saved["split"] if saved else data.split_scans([pair.name for pair in pairs], args.folds, args.fold)
     if saved:
         pairs = keep_split(pairs, split, args.data)
+    how = choose_preprocessing(args, saved, pairs)
+    scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
+    train = [scans[name] for name in split["train"]]
+    val = [scans[name] for name in split["val"]]
+    if args.overfit:
+        train = val = train[: args.overfit]
+    organ = any(scan.open("mask").any() for scan in train)
+    require(organ, f"{args.data}: no voxel of a label is foreground (--label {args.label}); there is nothing to learn")
+    # Validation, like an epoch, takes a bounded time: of many large scans every second, or third, and so on.
+    every = max(math.ceil(sum(scan.open("mask").size for scan in val) / VALIDATED), 1)
+    if every > 1:
+        warnings.warn(f"validation takes one scan in {every} of {len(val)}, to save time; predict.py --held-out scores "
+                      "them all", stacklevel=2)
+    return train, val[::every], {"split": split, "preprocess": how | {"size": choose_size(args, train, how)},
+                                 "files": data.checksums(pairs)}
+
+
+def choose_preprocessing(args: argparse.Namespace, saved: dict | None, pairs: Sequence[data.Pair]) -> dict:
+    """How scans are read and preprocessed (see `data.preprocess`), by their spacing, of which the headers tell.
+
+    Fills in the arguments that follow from it: dims, and with them depth and epochs.
+    """
     median, thinnest = data.survey(pairs)
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
@@ -605,20 +627,19 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     args.dims = args.dims or (3 if max(median) <= 1.5 * min(median) and thinnest >= 16 else 2)
     args.depth = DEFAULTS[args.dims]["depth"] if args.depth is None else args.depth
     args.epochs = args.epochs or DEFAULTS[args.dims]["epochs"]
-    how = {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
-           "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH if args.dims == 2 else 0.0}
-    scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
-    train = [scans[name] for name in split["train"]]
-    val = [scans[name] for name in split["val"]]
-    if args.overfit:
-        train = val = train[: args.overfit]
-    organ = any(scan.open("mask").any() for scan in train)
-    require(organ, f"{args.data}: no voxel of a label is foreground (--label {args.label}); there is nothing to learn")
+    return {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
+            "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH if args.dims == 2 else 0.0}
 
+
+def choose_size(args: argparse.Namespace, train: Sequence[data.CachedScan], how: dict) -> list[int]:
+    """The size of a sample, (H, W) or (D, H, W), by that of the preprocessed scans.
+
+    Fills in the arguments that go with it: stem and batch_size.
+    """
     median_shape = np.median([scan.open("mask").shape[-args.dims :] for scan in train], axis=0)
     slices = listed(median_shape[-2:], " x ")
     require(min(median_shape[-2:]) > 1, f"{args.data}: slices are {slices} voxels; choose how to cut them by --axis")
-    stem = 4 if max(spacing[-args.dims :]) < 0.9 else 2
+    stem = 4 if max(how["spacing"][-args.dims :]) < 0.9 else 2
     if max(median_shape) < 64:  # a small organ, every voxel of which counts
         stem = 1
     args.stem = args.stem or stem
@@ -635,7 +656,7 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     samples = max(least, min(points // math.ceil(math.prod(size) / args.stem**args.dims), 16))
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # each process takes the same share
     args.batch_size = args.batch_size or math.ceil(samples / world_size) * world_size
-    return train, val, {"split": split, "preprocess": how | {"size": size}, "files": data.checksums(pairs)}
+    return size
 
 
 def keep_split(pairs: Sequence[data.Pair], split: dict[str, list[str]], root: str) -> list[data.Pair]:

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The proof on a GPU, in twelve minutes at most: tests, the default, slices, timings, larger networks, in this order.
-#
+# The proof on a GPU, in twelve minutes at most: tests, the default, slices, timings, the large network, in this order.
 #     benchmarks/gpu.sh DATA OUT                          # a bare machine with Python and a driver will do
 #     benchmarks/gpu.sh DATA OUT --device cpu --tiny      # a dry run of the whole, in tiny form
 #     WHEELS=DIR PYTHON=python3.12 benchmarks/gpu.sh ...  # install from a folder of wheels, by this Python
@@ -27,13 +26,10 @@ if ! "$python" -c "import monai, lightning, psutil, pytest, train; train.data.im
     stage install 400 "$python" -m pip install ${WHEELS:+--no-index --find-links "$WHEELS"} -r requirements.txt \
         pytest lightning monai psutil
 fi
-stage card 20 nvidia-smi
-stage versions 20 "$python" -m torch.utils.collect_env
 stage tests 200 "$python" -m pytest -v -rP tests/test_gpu.py
 record default 240
 record slices 180 --dims 2
 speed=("$python" benchmarks/speed.py --device $device ${tiny:+--quick} --results "$out/results")
 stage speed 75 "${speed[@]}" --repeats 3 --rows step data prediction
 stage engines 150 "${speed[@]}" --repeats 1 --rows engines
-record large 240 --width 32 --epochs 18
-record wide 720 --width 64 --epochs 18
+record large 720 --width 32 --epochs 18

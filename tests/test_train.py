@@ -83,6 +83,16 @@ def test_what_the_voxels_decide(write_nifti, tmp_path, monkeypatch, apart, slice
     assert vars(again) == vars(args)
 
 
+def test_validation_takes_a_bounded_time(quick, monkeypatch):
+    """Of scans that are too large to score them all after each epoch, every second; the split keeps them all."""
+    args = train.parse_args([*quick, "--folds", "2"])
+    _, scans, kept = train.load_data(args)
+    voxels = sum(scan.open("mask").size for scan in scans)
+    monkeypatch.setattr(train, "VALIDATED", voxels // 2 + 1)
+    with pytest.warns(UserWarning, match="one scan in 2 of 3.*--held-out scores them all"):
+        assert train.load_data(args)[1:] == (scans[::2], kept)
+
+
 @pytest.mark.parametrize(("changes", "chosen"), [
     ("--size 8 24 24 --stem 1 --depth 2", "fp32"),  # depths 8, 4, 2
     ("--size 7 24 24 --stem 2 --depth 1", "fp32"),  # padded to 8: 4, 2
