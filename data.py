@@ -360,6 +360,8 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
     """The foreground of a label file, uint8 (D, H, W) on the grid of its scan: see `read_label`."""
     mask, values = read_label(path, scan, label)
     note_labels({Path(path).name: values}, label)
+    if label and not mask.any():
+        warnings.warn(f"{path}: holds no voxel of label {' or '.join(map(str, label))}", stacklevel=2)
     return mask
 
 
@@ -376,6 +378,7 @@ def read_label(path: str | Path, scan: Scan, label: Sequence[int] | None = None)
             are those of an atlas and `label` chooses; or a grid that is not the scan's: another shape, or an affine
             that differs by more than 1e-3 mm in an entry (a smaller difference is a warning).
     """
+    require(not label or min(label) > 0, f"--label {listed(label or [], ' ')}: expected values from 1; 0 is background")
     image, goal = open_nifti(path), scan.source.affine
     array, affine = read_voxels(image, path), image.affine
     if np.abs(affine - goal).max() > 1e-3:
@@ -568,6 +571,7 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
                 np.save(whole / f"{kind}.npy", array)
             with contextlib.suppress(OSError):  # another run was faster
                 whole.rename(folder)
+            require(folder.is_dir(), f"{folder}: could not be written; choose another --cache")
     return CachedScan(pair.name, folder)
 
 
@@ -799,8 +803,9 @@ def check(root: str | Path, label: Sequence[int] | None = None) -> None:
         print(f"{printable(pair.name):20} {listed(mask.shape, ' x '):>15} voxels of {listed(scan.spacing, ' x '):>21} "
               f"mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, foreground {mask.mean():.2%}", flush=True)
     checksums(sound)
-    if not label or len(absent) == len(pairs):
+    if not label or len(absent) == len(sound):
         problems += [f"{pair.label}: no voxel is foreground; check --label, or remove the scan" for pair in absent]
+        found = {name: values for name, values in found.items() if values}  # of the others that is told
     note_labels(found, label)
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
     if problems:

@@ -35,8 +35,9 @@ class DiceLoss(nn.Module):
         smooth: added to numerator and denominator, so that 0/0 is a perfect score. 1 is common too: it softens the
             empty mask and biases small ones.
         reduce: applied to the sums before they are divided. With several processes it adds those of the others, so that
-            the batch is that of all processes together: `train.sum_over_processes`. (`dist.all_reduce` alone passes
-            no gradient on.)
+            the batch is that of all processes together. `train.sum_over_processes` is that: the value is
+            all_reduce(x), and its gradient to each x is that of x times the number of processes. (`dist.all_reduce`
+            alone passes no gradient on.)
 
     Raises:
         ValueError: logits and target differ in shape (broadcasting would hide it); `per_sample` with `reduce`.

@@ -38,6 +38,7 @@ from unet import UNet
 VERSION = 4  # of the checkpoint; train.py writes it, load_checkpoint understands it
 # So begin the header fields that a mask copies from its scan: where the voxels lie, and nothing of what they meant.
 GEOMETRY = ("pixdim", "xyzt", "q", "sform", "srow")
+DESCRIPTION = b"mask: 1 is the organ"  # in the header of a mask, by which it is known again
 
 # ------------------------------------------------------------------------------------------------ device and precision
 
@@ -200,7 +201,7 @@ def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
     for field in header:
         if field.startswith(GEOMETRY):
             header[field] = source.header[field]
-    header["cal_max"], header["descrip"] = 1, "mask: 1 is the organ"  # cal_min and cal_max: what a viewer shows
+    header["cal_max"], header["descrip"] = 1, DESCRIPTION  # cal_min and cal_max: what a viewer shows
     image = type(source)(scan.restore(array).astype(np.uint8), source.affine, header, dtype=np.uint8)
     # As nibabel packs: fast, and the same bytes for the same mask.
     data.write_atomically(path, gzip.compress(image.to_bytes(), 1, mtime=0))
@@ -255,16 +256,19 @@ def summarise(rows: Sequence[dict]) -> str:
 
 
 def predict(args: argparse.Namespace) -> list[dict]:
-    """Predict every scan of `args.scans`; returns a row for each: name, mask, and its scores where there is a label."""
+    """Predict every scan of `args.scans`; returns a row for each: name, mask, confidence, and its scores where there is
+    a label."""
     device = pick_device(args.device)
     checkpoint, precision = load_checkpoint(args.checkpoint), pick_precision(args.precision, device)
     net, how, split = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"], checkpoint["split"]
     keep_freed_memory()
 
     scans = find_scans(args.scans, labelled=bool(args.labels or args.held_out))
-    if args.held_out:
+    if args.held_out:  # by name
         scans = {name: path for name, path in scans.items() if name in split["val"]}
         require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
+        if len(scans) < len(split["val"]):
+            print(f"note: {len(scans)} of the {len(split['val'])} scans that the run kept are here", file=sys.stderr)
     labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
@@ -273,14 +277,17 @@ def predict(args: argparse.Namespace) -> list[dict]:
         seen = [name for name, path in scans.items()
                 if name in split["train"] or zlib.crc32(path.read_bytes()) in known]
         if seen:
-            print(f"note: the network was trained on {len(seen)} of these {len(scans)} scans: {data.listed(seen)}; "
-                  "scores on them say nothing about new scans", file=sys.stderr)
+            print(f"note: by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
+                  f"{data.listed(seen)}; scores on them say nothing about new scans", file=sys.stderr)
     targets = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
     both = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in targets.values()}
     require(not both, f"{data.listed(sorted(both))}: a mask would overwrite a scan or a label; choose another --out")
     for path in files:  # All are looked at before the first mask is written.
         data.open_nifti(path)
+    for path in targets.values():  # a label that was drawn by hand, for instance
+        ours = not path.exists() or data.open_nifti(path).header["descrip"] == DESCRIPTION
+        require(ours, f"{path}: was there before, and not written by predict.py; choose another --out")
 
     rows, values = [], {}
     bar = "{desc} {n_fmt} of {total_fmt} scans, {remaining} left |{bar}|"
@@ -300,7 +307,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
         elif row["confidence"] < checkpoint["doubt_below"]:
             print(f"{name}: doubtful, confidence {row['confidence']:.3f}, below {checkpoint['doubt_below']:.3f}")
         if row.get("truth_ml") == 0:
-            print(f"{name}: its label is empty, no voxel is organ")
+            print(f"{name}: its label holds no voxel of the organ")
     before = {path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in targets.values()}
     if before:
         print(f"note: {args.out} holds masks that were there before: {data.listed(sorted(before))}", file=sys.stderr)

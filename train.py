@@ -425,6 +425,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 # ---------------------------------------------------------------------------------------------------- before the loop
 
+# One more with a Dice in it goes into `make_loss`, too.
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEFAULTS = {2: {"depth": 3, "epochs": 22}, 3: {"depth": 2, "epochs": 12}}
@@ -527,11 +528,12 @@ def sum_over_processes(x: Tensor) -> Tensor:
 def share_cores(args: argparse.Namespace, device: torch.device) -> int:
     """Divide the cores between the threads of PyTorch and the workers, whose number is returned.
 
-    On a CPU the threads take all cores, and as many workers the moments when a step does not need them (see
-    `start_worker`): where workers do not give way, threads wait for the one that was pushed from its core. A step of
-    the default took 128 ms on two cores, 138 where workers gave way less (nice 10), 154 with one worker, and 200 on one
-    core; a step of slices 66, as with one thread and one worker, and 80 where the worker did not give way. A GPU needs
-    no threads, and as many workers as can be had: a core makes about 400 slices a second.
+    On a CPU the threads take all cores, unless OMP_NUM_THREADS says how many; as many workers, at most 8, take the
+    moments when a step does not need them (see `start_worker`): where workers do not give way, threads wait for the one
+    that was pushed from its core. A step of the default took 145 ms on two cores, 162 where workers did not give way,
+    127 at nice 19, and 200 on one core; but where other programs kept both cores busy, workers of nice 19 starved, and
+    a step took longer than 2 s instead of 1. A GPU needs no threads, and as many workers as can be had: a core makes
+    about 400 slices a second.
     """
     cores = max(data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     if device.type == "cpu":
@@ -547,7 +549,7 @@ def start_worker(polite: bool, _: int) -> None:
     """In a worker: Ctrl-C is for the main process, which ends its workers; if polite, give way to its threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if polite and hasattr(os, "nice"):  # not on Windows
-        os.nice(19)
+        os.nice(10)
 
 
 def describe(device: torch.device, workers: int, world_size: int) -> dict[str, str]:
@@ -599,7 +601,8 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     if args.overfit:
         train = val = train[: args.overfit]
     organ = any(scan.open("mask").any() for scan in train)
-    require(organ, f"{args.data}: no voxel of a label is foreground (--label {args.label}); there is nothing to learn")
+    require(organ, f"{args.data}: no voxel of a label is foreground, with --label {args.label} and --crop {args.crop}; "
+            "there is nothing to learn")
     # Validation, like an epoch, takes a bounded time: of many large scans every second, or third, and so on.
     every = max(math.ceil(sum(scan.open("mask").size for scan in val) / VALIDATED), 1)
     if every > 1:
@@ -612,12 +615,12 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
 def choose_preprocessing(args: argparse.Namespace, saved: dict | None, pairs: Sequence[data.Pair]) -> dict:
     """How scans are read and preprocessed (see `data.preprocess`), by their spacing, of which the headers tell.
 
-    Fills in the arguments that follow from it: dims, and with them depth and epochs.
+    Fills in the arguments that follow from it: dims, and with them depth and epochs; when a run goes on, batch_size.
     """
     median, thinnest = data.survey(pairs)
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
-    if saved:  # what may depend on files, or on the number of processes, stays
+    if saved:  # these two stay: files, or the number of processes, may be others now
         args.dims = args.dims or saved["args"]["dims"]
         args.batch_size = args.batch_size or saved["args"]["batch_size"]
     if args.size:
@@ -650,7 +653,8 @@ def choose_size(args: argparse.Namespace, train: Sequence[data.CachedScan], how:
         median_shape = np.minimum(median_shape, np.multiply(LARGEST_PATCH, max(args.stem, 2)))
     size = args.size or [math.ceil(0.95 * length / multiple) * multiple for length in median_shape]
     enough = max(size) > multiple and min(size[-2:]) >= multiple
-    require(enough, f"--size {size}: too small for its lowest level; lower --depth, or take {multiple} a side and more")
+    require(enough, f"--size {size}: too small for its lowest level; lower --depth, or take {multiple} a side and on "
+            "one side more")
     # As many samples as a step of bounded time can hold.
     least, points = (4, 100_000) if args.dims == 2 else (2, 2 * math.prod(LARGEST_PATCH))  # of the first level's maps
     samples = max(least, min(points // math.ceil(math.prod(size) / args.stem**args.dims), 16))

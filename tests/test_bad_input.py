@@ -196,6 +196,10 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("overlay --out a.txt", "--out a.txt: overlay writes .png"),
     ("score --out set/labelsTr, predict --out set/imagesTr, score --out ./set/../set/labelsTr, score --out link",
      "overwrite a scan or a label; another --out", {"link": Path("set/labelsTr")}),
+    ("predict", "out/a.nii.gz: was there before; another --out", {"out/a.nii.gz": MASK}),
+    ("predict", "out/a.nii.gz: not a readable", {"out/mine": b"", "out/a.nii.gz": Path("mine")}),  # a link
+    ("predict --out set/labelsTr", "labelsTr/a.nii.gz: was there before; another --out"),  # of labels drawn by hand
+    ("overlay --label 0", "--label 0: expected values from 1"),
     ("score --held-out", "--held-out; x", {"last.pt": saved({"split": {"train": ["a"], "val": ["x"]}})}),
     # -- runs and checkpoints
     ("train", "out: holds a run; --resume; another --out", {"out/args.json": b""}),
@@ -211,6 +215,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
 NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("data --label 1, train --label 1", "1 of 3 scans hold no voxel of label 1: a", {LABEL: MASK * 7}),
     ("data, train, score", "labels hold the values 1, 2: taken for one organ; --label", {LABEL: MASK * TWO}),
+    ("overlay --label 9", "labelsTr/a.nii.gz: holds no voxel of label 9"),
     ("data --label 1 9, train --label 9 1", "--label; 9 is in no label file"),
     ("predict", "note: out holds masks that were there before: ~.nii.gz", {"out/~.nii.gz": MASK}),
     ("score, data", "labelsTr/a.nii.gz; 1.0e-05 mm", {LABEL: image(MASK, shift=1e-5)}),
@@ -235,7 +240,6 @@ TAKEN = [  # the commands; what it is; what is planted
     ("train --label 5, data --label 5 6", "an atlas", dict.fromkeys(LABELS, ATLAS)),
     ("train, score", "one slice", dict.fromkeys(SCANS, SCAN[..., 2:3]) | dict.fromkeys(LABELS, MASK[..., 2:3])),
     ("train --size 64 48", "slices smaller than --size"),
-    ("predict", "a link in --out, which the mask replaces", {"out/mine": b"", "out/a.nii.gz": Path("mine")}),
 ]
 NAMES = [("left atrium", "心" * 80, "l" * 248), ("-x", "100%s", "a.b")]
 if sys.platform == "linux":  # names that other systems do not allow
@@ -319,7 +323,7 @@ def test_taken(met_by, words, plants, root):
 
 def test_an_empty_label_that_is_scored_is_named(root):
     sow({LABEL: MASK * 0})
-    told = [line for line in run("score")[1].splitlines() if line.endswith("its label is empty, no voxel is organ")]
+    told = [line for line in run("score")[1].splitlines() if line.endswith("its label holds no voxel of the organ")]
     assert len(told) == 1 and told[0].startswith("a: ")
 
 

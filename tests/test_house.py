@@ -24,9 +24,9 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (491, set()),
-    "predict": (223, {"data", "metrics", "unet"}),
-    "train": (614, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "data": (496, set()),
+    "predict": (229, {"data", "metrics", "unet"}),
+    "train": (616, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (320, {"data", "predict"}),
     "phantom": (140, set()),
 }
