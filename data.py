@@ -805,7 +805,7 @@ def check(root: str | Path, label: Sequence[int] | None = None) -> None:
     checksums(sound)
     if not label or len(absent) == len(sound):
         problems += [f"{pair.label}: no voxel is foreground; check --label, or remove the scan" for pair in absent]
-        found = {name: values for name, values in found.items() if values}  # of the others that is told
+        found = {name: values for name, values in found.items() if values}  # the others are problems already
     note_labels(found, label)
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
     if problems:
