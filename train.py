@@ -158,7 +158,7 @@ def fit_loop(run: Run) -> None:
 
 
 def fit_lightning(run: Run) -> None:
-    """The same by lightning.Trainer: the same objects, the stations in the same order. For comparison only."""
+    """The same by lightning.Trainer, with the same objects; only, it logs before it saves. For comparison only."""
     try:
         from lightning import pytorch as pl
     except ImportError as error:
@@ -380,7 +380,7 @@ def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], s
 
 @contextlib.contextmanager
 def only_warn() -> Iterator[None]:
-    """Let the training go on where a picture or a log cannot be written: the weights are safe already."""
+    """Let the training go on where a picture or a log cannot be written; in `fit_loop` the weights are safe already."""
     try:
         yield
     except (OSError, DataError) as error:
