@@ -479,7 +479,7 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
         raise ValueError(f"{name}: {array.dtype} {array.shape}, {how['normalise']}; expected (D, H, W) of float32, or "
                          "of uint8, a mask; zscore, percentile or minmax")
     factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
-    # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales anyway.
+    # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales of H and W.
     if any(abs(factor - 1) > 0.15 for factor in factors):
         array = resize(array, [max(round(n * factor), 1) for n, factor in zip(array.shape, factors, strict=True)])
     crop = how["crop"]
@@ -644,6 +644,7 @@ def pipeline(kind: str):
     from imgaug.random import RNG
 
     geometry = iaa.Sequential([  # of a grid with a point every CELL pixels
+        # "edge": its outermost points lie outside the picture, where `augment` reads 0.
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45), mode="edge"),
         # Noise of up to `alpha` points (13 pixels), smoothed over `sigma`, which leaves about one pixel.
         iaa.ElasticTransformation(alpha=(0.0, 3.3), sigma=(1.0, 2.0), order=1, mode="nearest"),

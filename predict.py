@@ -21,6 +21,7 @@ import itertools
 import math
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -255,20 +256,18 @@ def summarise(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def predict(args: argparse.Namespace) -> list[dict]:
-    """Predict every scan of `args.scans`; returns a row for each: name, mask, confidence, and its scores where there is
-    a label."""
-    device = pick_device(args.device)
-    checkpoint, precision = load_checkpoint(args.checkpoint), pick_precision(args.precision, device)
-    net, how, split = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"], checkpoint["split"]
-    keep_freed_memory()
+def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict, dict]:
+    """Scans, their labels where some are given, and the masks to be written: paths by name. Nothing is written yet.
 
-    scans = find_scans(args.scans, labelled=bool(args.labels or args.held_out))
+    Raises:
+        DataError: a file that is missing or damaged, or a mask that would overwrite what predict.py did not write.
+    """
+    split, scans = checkpoint["split"], find_scans(args.scans, labelled=bool(args.labels or args.held_out))
     if args.held_out:  # by name
         scans = {name: path for name, path in scans.items() if name in split["val"]}
         require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
         if len(scans) < len(split["val"]):
-            print(f"note: {len(scans)} of the {len(split['val'])} scans that the run kept are here", file=sys.stderr)
+            warnings.warn(f"{len(scans)} of the {len(split['val'])} scans that the run kept are here", stacklevel=2)
     labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
@@ -277,28 +276,42 @@ def predict(args: argparse.Namespace) -> list[dict]:
         seen = [name for name, path in scans.items()
                 if name in split["train"] or zlib.crc32(path.read_bytes()) in known]
         if seen:
-            print(f"note: by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
-                  f"{data.listed(seen)}; scores on them say nothing about new scans", file=sys.stderr)
-    targets = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
+            warnings.warn(f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
+                          f"{data.listed(seen)}; scores on them say nothing about new scans", stacklevel=2)
+    masks = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
-    both = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in targets.values()}
+    both = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in masks.values()}
     require(not both, f"{data.listed(sorted(both))}: a mask would overwrite a scan or a label; choose another --out")
-    for path in files:  # All are looked at before the first mask is written.
+    for path in files:
         data.open_nifti(path)
-    for path in targets.values():  # a label that was drawn by hand, for instance
+    for path in masks.values():  # a label that was drawn by hand, for instance
         ours = not path.exists() or data.open_nifti(path).header["descrip"] == DESCRIPTION
         require(ours, f"{path}: was there before, and not written by predict.py; choose another --out")
+    others = sorted({path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in masks.values()})
+    if others:
+        warnings.warn(f"{args.out} holds masks that were there before: {data.listed(others)}", stacklevel=2)
+    return scans, labels, masks
+
+
+def predict(args: argparse.Namespace) -> list[dict]:
+    """Predict every scan of `args.scans`; returns a row for each: name, mask, confidence, and its scores where there is
+    a label."""
+    device = pick_device(args.device)
+    checkpoint, precision = load_checkpoint(args.checkpoint), pick_precision(args.precision, device)
+    net, how = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"]
+    scans, labels, masks = choose_files(args, checkpoint)
+    keep_freed_memory()
 
     rows, values = [], {}
     bar = "{desc} {n_fmt} of {total_fmt} scans, {remaining} left |{bar}|"
     for name, path in tqdm(scans.items(), "predicting", bar_format=bar, disable=None):
         scan, probability = predict_scan(path, net, how, precision, args.batch_size)
         mask = largest_component(probability > 0.5) if args.largest_component else probability > 0.5
-        rows.append({"name": name, "mask": str(targets[name]), "confidence": confidence(probability)})
+        rows.append({"name": name, "mask": str(masks[name]), "confidence": confidence(probability)})
         if labels:  # first: of a broken label, no mask
             truth, values[name] = data.read_label(labels[name], scan, how["label"])
             rows[-1] |= score(mask, truth > 0, scan.spacing)
-        write_on_scan_grid(targets[name], mask, scan)
+        write_on_scan_grid(masks[name], mask, scan)
     print(f"{len(rows)} masks in {args.out}")
     for row in rows:
         name = data.printable(row["name"])
@@ -308,9 +321,6 @@ def predict(args: argparse.Namespace) -> list[dict]:
             print(f"{name}: doubtful, confidence {row['confidence']:.3f}, below {checkpoint['doubt_below']:.3f}")
         if row.get("truth_ml") == 0:
             print(f"{name}: its label holds no voxel of the organ")
-    before = {path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in targets.values()}
-    if before:
-        print(f"note: {args.out} holds masks that were there before: {data.listed(sorted(before))}", file=sys.stderr)
     if labels:
         data.note_labels(values, how["label"])
         data.write_csv(Path(args.out, "scores.csv"), rows)

@@ -127,12 +127,12 @@ def fit_loop(run: Run) -> None:
                 scaler.step(optimizer)
             scaler.update(None if run.precision == torch.float16 else 1.0)  # 1: left to itself, it would double in time
             optimizer.zero_grad()                                                       # optimizer_zero_grad
-        share_buffers(run)
+        share_buffers(run)                                                              # on_train_batch_end
         check_finite(run, epoch, torch.stack(norms))  # waits for the GPU, so that the next line tells the time
         trained = time.perf_counter()
 
         # -- evaluate ------------------------------------------------------------------- validation_step
-        rows = gather_rows(evaluate(run, run.val_scans))
+        rows = gather_rows(evaluate(run, run.val_scans))                                # on_train_epoch_end
         log.append(log_row(run, epoch, losses, norms, rows, started, trained))
         if run.rank > 0:
             continue

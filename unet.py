@@ -114,8 +114,9 @@ class UNet(nn.Module):
         depth: number of poolings, so `depth + 1` resolutions.
         norm: "none", "batch" or "instance".
         attention: put attention gates on the skips.
-        stem: 1 is the classical U-Net. With 2 the network works at half the resolution, in a quarter of the time, and
-            still answers for every voxel: each block of 2 x 2 (x 2) voxels enters as channels and leaves as channels.
+        stem: 1 is the classical U-Net. With 2 the network works at half the resolution, in a quarter of the time (in
+            3D an eighth), and still answers for every voxel: each block of 2 x 2 (x 2) voxels enters and leaves as
+            channels.
 
     Raises:
         ValueError: an argument outside these, or an input of another rank or number of channels.

@@ -175,6 +175,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("train --label 0", "--label; from 1"),
     ("train", "slices are 12 x 1 voxels; --axis", dict.fromkeys(SCANS, SCAN[5:6]) | dict.fromkeys(LABELS, MASK[5:6])),
     ("data", "labelsTr/a.nii.gz: no voxel is foreground; --label", {LABEL: MASK * 0}),
+    ("data --label 7", "labelsTr/a.nii.gz: no voxel is foreground; --label", {}, {SCANS[1]: b"x" * 999}),
     # -- arguments
     ("train --fold 3, train --fold -1, train --fold x", "--fold; expected 0 to 2"),
     ("train --folds 4, train --folds 1", "--folds; expected 2 to 3"),

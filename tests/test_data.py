@@ -281,6 +281,9 @@ def test_a_kill_leaves_no_half_entry_and_no_file_of_the_user_is_swept(pairs, sca
     entry = data.cache_scan(pairs[0], HOW, cache)
     assert all(np.array_equal(a, b) for a, b in zip(kinds(entry), kinds(scans[0]), strict=True))
     assert (cache / ".mine.tmp").read_text() == "mine"
+    monkeypatch.setattr(Path, "rename", Mock(side_effect=PermissionError))
+    with pytest.raises(data.DataError, match="could not be written; choose another --cache"):
+        data.cache_scan(pairs[1], HOW, cache)
 
 
 def test_a_cold_cache_holds_few_scans_and_few_bytes_a_voxel(pairs, tmp_path, write_nifti, monkeypatch, traced):

@@ -25,7 +25,7 @@ HOUSE = {
     "losses": (30, set()),
     "metrics": (40, set()),
     "data": (496, set()),
-    "predict": (229, {"data", "metrics", "unet"}),
+    "predict": (233, {"data", "metrics", "unet"}),
     "train": (616, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (320, {"data", "predict"}),
     "phantom": (140, set()),

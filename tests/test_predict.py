@@ -106,6 +106,8 @@ def test_scores_a_bar_and_a_note_where_scans_were_trained_on(job, truth, tmp_pat
     for n, changes in enumerate(({"split": {"train": ["kept"], "val": []}}, {"files": sums}), start=1):
         assert predict.main(job("--labels", tmp_path / "labels", *["--held-out"][: n - 1], **changes)) == 0
         assert terminal.getvalue().count(note) == n
+    assert predict.main(job("--held-out", split={"train": [], "val": ["kept", "gone"]})) == 0
+    assert "note: 1 of the 2 scans that the run kept are here" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("below", [0.0, 1.1, np.nan])
