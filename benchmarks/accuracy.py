@@ -42,6 +42,7 @@ ROWS = {
     # A second data set, on which only the stem was chosen: the Decathlon's Task04_Hippocampus, its two labels.
     "anterior": ("", "the anterior hippocampus", "--label 1", ""),
     "posterior": ("", "the posterior hippocampus", "--label 2", ""),
+    "long_posterior": ("", "half as many epochs again", "--label 2 --epochs 18", ""),
     "former_anterior": ("", "by the former 3D", "--label 1 --width 32 --stem 2 --epochs 18", ""),
     "former_posterior": ("", "by the former 3D", "--label 2 --width 32 --stem 2 --epochs 18", ""),
 }
