@@ -23,6 +23,7 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -53,7 +54,6 @@ from tqdm import tqdm
 PLANES = ("LIP", "PIL", "SPL")
 # ... and which of the patient's axes that is: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
 PATIENT_AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
-CACHE_VERSION = 5  # Part of every cache key: raise it when `preprocess` changes, or what is refused.
 NIFTI = (".nii", ".nii.gz")
 # What a scan that is no NIfTI is, what makes one of it, and the endings by which it is known.
 FOREIGN = {
@@ -548,13 +548,19 @@ def fingerprint(path: Path) -> list:
     return [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
+@cache
+def code_behind() -> str:
+    """The code that makes the arrays of the cache. It is a part of every key: whoever changes it gets them anew."""
+    return "".join(map(inspect.getsource, (read_voxels, upright, read_scan, read_label, read_pair, resize, preprocess)))
+
+
 def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
     """Read, preprocess and store one scan and its mask, unless they lie in the cache already; `how`: see `preprocess`,
     and the keys `axis` and `label`.
 
     The folder's name tells files and preprocessing apart, and it is renamed into place when whole.
     """
-    key = json.dumps([CACHE_VERSION, *map(fingerprint, pair[1:]), how])  # of every file of the pair
+    key = json.dumps([code_behind(), *map(fingerprint, pair[1:]), how])  # of both files
     folder = cache_folder / f"{pair.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return CachedScan(pair.name, folder)
@@ -633,7 +639,7 @@ def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.nda
         raise ValueError(f"augment is {kind!r}; choose from none, geometry, full")
     if kind != "none":
         pipeline(kind)  # now, so that a missing library is told before the workers start
-    return partial(augment, kind)
+    return partial(augment_sample, kind)
 
 
 @cache
@@ -644,7 +650,7 @@ def pipeline(kind: str):
     from imgaug.random import RNG
 
     geometry = iaa.Sequential([  # of a grid with a point every CELL pixels
-        # "edge": its outermost points lie outside the picture, where `augment` reads 0.
+        # "edge": its outermost points lie outside the picture, where 0 is read.
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45), mode="edge"),
         # Noise of up to `alpha` points (13 pixels), smoothed over `sigma`, which leaves about one pixel.
         iaa.ElasticTransformation(alpha=(0.0, 3.3), sigma=(1.0, 2.0), order=1, mode="nearest"),
@@ -657,12 +663,12 @@ def pipeline(kind: str):
     ] if kind == "full" else [])
     generator = RNG(0)
     for augmenters in (geometry, intensity):
-        for augmenter in (augmenters, *augmenters.get_all_children(flat=True)):
-            augmenter.random_state = generator  # one for all, so that one state seeds them all
+        for part in (augmenters, *augmenters.get_all_children(flat=True)):
+            part.random_state = generator  # one for all, so that one state seeds them all
     return geometry, intensity
 
 
-def augment(kind: str, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def augment_sample(kind: str, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """See `augmenter`."""
     if kind == "none":
         return image, mask
@@ -672,8 +678,9 @@ def augment(kind: str, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[
 
     # What `augmenters.seed_(seed)` is for, which is slow: it makes a generator for each.
     geometry.random_state.generator.bit_generator.state = np.random.SFC64(seed).state
-    # Not the picture is warped, twice, but a coarse grid of places in it, x and y, that reaches one point beyond each
-    # border. Between its points they are interpolated, and every slice is read once, there.
+    # To warp the picture twice would blur it twice, and take longer. What is warped is a coarse grid of places in it, x
+    # and y, that reaches one point beyond each border; between its points they are interpolated, and every slice is
+    # read once, there.
     height, width = image.shape[-2:]
     x, y = ((np.arange(-1, math.ceil(n / CELL) + 1, dtype=np.float32) + 0.5) * CELL - 0.5 for n in (width, height))
     # What `geometry(...)` calls after checks and copies that are not needed here.

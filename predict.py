@@ -97,8 +97,8 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version, *_ = [checkpoint[key] for key in ("version", "model", "network", "preprocess", "split", "files",
-                                                   "doubt_below")]
+        if not {"version", "model", "network", "preprocess", "split", "files", "doubt_below"} <= checkpoint.keys():
+            raise KeyError
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
         reason = "damaged, or no checkpoint of train.py"
         if isinstance(error, FileNotFoundError):
@@ -106,6 +106,7 @@ def load_checkpoint(path: str | Path) -> dict:
         elif code := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"holds code, {code[1]}, which was not run: no checkpoint of train.py"
         raise DataError(f"{path}: {reason}; give the last.pt or best.pt of a run") from None
+    version = checkpoint["version"]
     require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew, or take "
             "the project as it was then")
     return checkpoint
@@ -140,9 +141,9 @@ def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None 
 
     A window of `size`, the (H, W) or (D, H, W) of training, moves over the volume: a network sees the padding at the
     border of its input, and loses Dice where it is given other sizes than it was trained on. A smaller volume is padded
-    to it as it was there, and cropped back. Without a size the volume is one window. `batch_size` slices or
-    windows go through the network at a time. In 2D it sees each slice alone; neighbours are then averaged by a Gaussian
-    of `smooth` slices deviation.
+    to it as it was there, and cropped back. Without a size the volume is one window. `batch_size` slices go through
+    the network at a time, or windows, of which `sliding_window` gives two. In 2D it sees each slice alone; neighbours
+    are then averaged by a Gaussian of `smooth` slices deviation.
     """
     size = tuple(volume.shape[-net.dims :] if size is None else size)
     window = size if net.dims == 3 else (len(volume), *size)  # in 2D it holds all slices, which `answer` takes apart
@@ -271,7 +272,8 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
-    if labels:  # by name, and by content: scans may have been numbered anew
+    if labels:  # of these scans alone; trained on, by name, and by content: scans may have been numbered anew
+        labels = {name: labels[name] for name in scans}
         known = {scan for name, (scan, *_) in checkpoint["files"].items() if name in split["train"]}
         seen = [name for name, path in scans.items()
                 if name in split["train"] or zlib.crc32(path.read_bytes()) in known]

@@ -91,13 +91,14 @@ def fit_loop(run: Run) -> None:
     autocast = partial(torch.autocast, device.type, run.precision, enabled=run.precision != torch.float32)
     scaler = make_scaler(run)                                                           # Trainer(precision=)
     if run.saved:                                                                       # Trainer.fit(ckpt_path=)
-        log = list(run.saved["log"])  # a copy: it grows
+        log = list(run.saved["log"])  # a copy, since this one grows
         net.load_state_dict(run.saved["model"])
         optimizer.load_state_dict(run.saved["optimizer"])
         scaler.load_state_dict(run.saved["scaler"])
     forward = torch.compile(net) if args.compile else net  # `net` keeps the plain names for the checkpoint
     if run.world_size > 1:
-        # Buffers stay each process's own while it trains: Lightning validates through this, with uneven shares.
+        # `broadcast_buffers` would send batch norm's means at every forward pass, also in Lightning's validation, where
+        # a process that has more scans than another would wait for ever. `share_buffers` sends them once an epoch.
         forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False) # Trainer(strategy="ddp")
     if run.rank == 0:                                                                   # Trainer(logger=)
         writer = SummaryWriter(tensorboard_folder(run), purge_step=len(log) + 1)
@@ -115,6 +116,7 @@ def fit_loop(run: Run) -> None:
                 logits = forward(image)
             loss = run.loss_function(logits.float(), mask)  # in float32, outside autocast
             losses.append(loss.detach())  # stays on the device: the host reads it once an epoch
+            optimizer.zero_grad()                                                       # optimizer_zero_grad
             scaler.scale(loss).backward()                                               # backward
             # The rate of this step; Lightning sets it at the end of the last one.
             for group in optimizer.param_groups:                                        # lr_scheduler_step
@@ -126,7 +128,6 @@ def fit_loop(run: Run) -> None:
             if scaler.is_enabled() or norm.isfinite():                                  # optimizer_step
                 scaler.step(optimizer)
             scaler.update(None if run.precision == torch.float16 else 1.0)  # 1: left to itself, it would double in time
-            optimizer.zero_grad()                                                       # optimizer_zero_grad
         share_buffers(run)                                                              # on_train_batch_end
         check_finite(run, epoch, torch.stack(norms))  # waits for the GPU, so that the next line tells the time
         trained = time.perf_counter()
@@ -194,17 +195,17 @@ def fit_lightning(run: Run) -> None:
                 optimizer.zero_grad()  # without gradients AdamW leaves the weights alone
 
         def on_train_batch_end(self, _, batch, i):
-            self.trained = time.perf_counter()
             if i + 1 == args.steps:
                 share_buffers(run)
+                check_finite(run, self.current_epoch, torch.stack(self.norms))
+                self.trained = time.perf_counter()
 
         def validation_step(self, i, _):
             self.rows += evaluate(run, [run.val_scans[i]])
 
         def on_train_epoch_end(self):  # which Lightning calls after the validation
-            epoch, self.rows = self.current_epoch, gather_rows(self.rows)
-            check_finite(run, epoch, torch.stack(self.norms))
-            log.append(log_row(run, epoch, self.losses, self.norms, self.rows, self.started, self.trained))
+            self.rows = gather_rows(self.rows)
+            log.append(log_row(run, self.current_epoch, self.losses, self.norms, self.rows, self.started, self.trained))
             # What ModelCheckpoint monitors.
             self.log("dice", log[-1]["val/dice"] if self.rows else float(len(log)), logger=False)
             if run.rank == 0:
@@ -260,7 +261,10 @@ def make_scaler(run: Run) -> torch.amp.GradScaler:
 
 
 def progress(run: Run, epoch: int, losses: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The batches of an epoch, and on a terminal a bar with the last loss. Soon it says how long the run will take."""
+    """The batches of an epoch, on a terminal with a bar that shows the last of `losses`, a list that the loop fills.
+
+    After 20 steps of a run it says how long the rest will take.
+    """
     hidden = None if run.rank == 0 else True  # None: where there is no terminal
     batches, steps = islice(run.loader, run.args.steps), run.args.steps
     bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=hidden)
@@ -469,7 +473,7 @@ def prepare(args: argparse.Namespace) -> Run:
     lowest = math.ceil(size[0] / (args.stem * 2**args.depth))  # depth of the lowest maps; above one of 1 lies one of 2
     if args.dims == 3 and device.type == "cpu" and (lowest == 2 or lowest == 1 and args.depth > 0):
         precision = torch.float32  # PyTorch's bfloat16 gradients are wrong at a depth of 2 there: see the README
-    # What was chosen, so that a run that goes on elsewhere is refused another.
+    # What "auto" became: on another machine it may become another, and then `compare` refuses to go on.
     args.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
     dataset = data.SliceDataset if args.dims == 2 else data.PatchDataset
     train_set = dataset(train_scans, size, augment="none" if args.overfit else args.augment, seed=args.seed,

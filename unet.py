@@ -7,7 +7,7 @@
 
 Contract: float images (B, C, H, W), or (B, C, D, H, W) with dims=3, any size, in; logits of the same size out. Maps
 of the lowest level, of 1 / (stem * 2**depth) of the size, must hold more than one voxel: with norm="instance" always;
-with "batch" to train, over the batch. On a CPU in 3D, gradients in bfloat16 are wrong where maps of a level are 2 deep.
+with "batch" to train, over the batch. On a CPU in 3D, gradients in bfloat16 are wrong where a level's D is 2.
 
     from unet import UNet
     net = UNet(width=64, depth=3, norm="none")      # 7,781,761 parameters

@@ -1,6 +1,7 @@
 """The way of the data: orientation, masks, preprocessing, cache, augmentation, samples."""
 
 import gzip
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -227,7 +228,7 @@ def test_a_warm_cache_holds_what_it_says_and_is_only_read(pairs, tmp_path, monke
     assert mask.shape == truth.shape and mask.sum() == 3 * 36 and image[mask > 0].mean() > image.mean() + 1
 
 
-def test_other_preprocessing_or_another_file_is_another_entry(pairs, tmp_path):
+def test_other_preprocessing_code_or_another_file_is_another_entry(pairs, tmp_path, monkeypatch):
     """Also a file that keeps its size and time: `cp -p`, `rsync -t` and archives set that to what it was elsewhere."""
     def entry(**change):
         return data.cache_scan(pairs[0], HOW | change, tmp_path / "cache")
@@ -243,7 +244,10 @@ def test_other_preprocessing_or_another_file_is_another_entry(pairs, tmp_path):
     path.write_bytes(gzip.compress(content[:-1] + b"\1", 0))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size and path.stat().st_mtime_ns == status.st_mtime_ns
-    assert (first.open("mask") != entry().open("mask")).sum() == 1
+    assert (first.open("mask") != (second := entry()).open("mask")).sum() == 1
+    assert inspect.getsource(data.preprocess) in data.code_behind()
+    monkeypatch.setattr(data, "code_behind", lambda: "changed by hand")  # after which old arrays were trained on
+    assert entry() != second
 
 
 def test_three_runs_fill_one_cold_cache_at_once(pairs, scans, tmp_path):
