@@ -10,6 +10,18 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import phantom  # noqa: E402
+import predict  # noqa: E402
+from unet import UNet  # noqa: E402
+
+TINY = {"dims": 2, "width": 2, "depth": 1, "norm": "none", "attention": False, "stem": 1}
+HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore", "smooth": 0.0,
+       "size": [16, 16]}
+
+
+def checkpoint(network=TINY, how=HOW, **changes):
+    """What train.py keeps of a run."""
+    return {"version": predict.VERSION, "model": UNet(**network).state_dict(), "network": network, "preprocess": how,
+            "split": {"train": [], "val": []}, "files": {}, "doubt_below": 0.0} | changes
 
 
 def pytest_addoption(parser):

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # noqa: F401  the optimiser does so, and traced it would take long
+from conftest import TINY, checkpoint
 
 import data
 import predict
 import train
 import visualize
-from unet import UNet
 
 SCANS, LABELS = ([f"set/{folder}/{name}.nii.gz" for name in "abc"] for folder in ("imagesTr", "labelsTr"))
 A, LABEL = SCANS[0], LABELS[0]
@@ -49,11 +49,6 @@ TWO = np.uint8([1, 1, 2, 2, 2, 2])  # by slice
 SCAN = (np.random.default_rng(0).normal(100, 20, MASK.shape) + 80 * MASK).astype(np.int16)
 # Of one organ a column is a third: many values, but most voxels are as their neighbour.
 ATLAS = np.int16(np.arange(16)[:, None, None] // 6 + 3 * np.arange(72).reshape(12, 6))
-NETWORK = {"dims": 2, "width": 2, "depth": 1, "norm": "none", "attention": False, "stem": 1}
-HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore", "smooth": 0.0,
-       "size": [16, 16]}
-CHECKPOINT = {"version": predict.VERSION, "model": UNet(**NETWORK).state_dict(), "network": NETWORK, "preprocess": HOW,
-              "split": {"train": [], "val": []}, "files": {}, "doubt_below": 0.0}
 FORMATS = "x.nrrd x.nhdr x.MHA x.mhd x.hdr x.img x.mgz x.mgh x.dcm x.nii.bz2 x.nii.xz x.nii.zip x.nii.zst"
 FOREIGN = dict.fromkeys(FORMATS.split(), b"") | {"IM_01": bytes(128) + b"DICM"}
 ZEROS = gzip.compress(bytes(2**24)) * 60  # 1 MB that unpacks to 1 GB
@@ -100,8 +95,8 @@ def rename(*names, ending=".nii.gz"):
             for old, new in zip("abc", names, strict=False)}
 
 
-def saved(changes, sound=CHECKPOINT):
-    torch.save(sound | changes, file := io.BytesIO())
+def saved(content=None, **changes):
+    torch.save(content or checkpoint() | changes, file := io.BytesIO())
     return file.getvalue()
 
 
@@ -201,16 +196,16 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("predict", "out/a.nii.gz: not a readable", {"out/mine": b"", "out/a.nii.gz": Path("mine")}),  # a link
     ("predict --out set/labelsTr", "labelsTr/a.nii.gz: was there before; another --out"),  # of labels drawn by hand
     ("overlay --label 0", "--label 0: expected values from 1"),
-    ("score --held-out", "--held-out; x", {"last.pt": saved({"split": {"train": ["a"], "val": ["x"]}})}),
+    ("score --held-out", "--held-out; x", {"last.pt": saved(split={"train": ["a"], "val": ["x"]})}),
     # -- runs and checkpoints
     ("train", "out: holds a run; --resume; another --out", {"out/args.json": b""}),
     ("predict --checkpoint set/imagesTr/a.nii.gz", "a.nii.gz; checkpoint; train.py"),
     *held(NETS, "last.pt", [
         ("no such file", None),
-        ("checkpoint; train.py", b"garbage" * 99, saved({})[:999], saved({"state_dict": {}}, {})),
-        ("checkpoint version is; train it anew", saved({"version": 1}), saved({"version": 99, "split": None})),
-        ("do not fit", *(saved({"network": NETWORK | size}) for size in ({"width": 3}, {"width": 10**6, "depth": 8}))),
-        ("holds code, posix.mkdir, which was not run: no", saved({"model": Payload()}), saved({"note": Payload()})),
+        ("checkpoint; train.py", b"garbage" * 99, saved()[:999], saved({"state_dict": {}})),
+        ("checkpoint version is; train it anew", saved(version=1), saved(version=99, split=None)),
+        ("do not fit", *(saved(network=TINY | size) for size in ({"width": 3}, {"width": 10**6, "depth": 8}))),
+        ("holds code, posix.mkdir, which was not run: no", saved(model=Payload()), saved(note=Payload())),
     ]),
 ]
 NOTED = [  # the commands that meet it; pieces of the note; what is planted
@@ -264,7 +259,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "rgb", lambda figure: np.zeros((2, 2, 3), np.uint8))
     monkeypatch.setitem(sys.modules, "cv2", None)  # as on a server without libGL.so.1: only to augment is it needed
     data.pipeline.cache_clear()
-    sow({**dict.fromkeys(SCANS, SCAN), **dict.fromkeys(LABELS, MASK), "last.pt": saved({})})
+    sow({**dict.fromkeys(SCANS, SCAN), **dict.fromkeys(LABELS, MASK), "last.pt": saved()})
     yield tmp_path
     tracemalloc.stop()  # a test may have started it
 

@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import HOW
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -24,7 +25,6 @@ from torch.utils.data import DataLoader
 
 import data
 
-HOW = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore"}
 CODES = ["".join(codes) for order in permutations(("LR", "PA", "IS")) for codes in product(*order)]
 fork = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")  # Windows has spawn alone
 

@@ -6,10 +6,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, checkpoint
 
 import data
 import predict
-from unet import UNet
 
 # The largest int16, int32 and int64, the smallest int16; float32 infinity, NaN and the largest; 0.
 EXTREME = [bytes.fromhex(digits) for digits in ("ff7f", "ffffff7f", "ffffffffffffff7f", "0080", "0000807f", "0000c07f",
@@ -59,9 +59,7 @@ def test_a_damaged_scan_or_label_is_read_whole_or_refused(tmp_path, monkeypatch)
 
 def test_a_damaged_checkpoint_is_loaded_whole_or_refused(tmp_path):
     """Of 8,000 changed files, 180 ended in an IndexError, TypeError, AttributeError or struct.error."""
-    network = {"dims": 2, "width": 2, "depth": 1, "norm": "batch", "attention": False, "stem": 1}
-    torch.save({"version": predict.VERSION, "model": UNet(**network).state_dict(), "network": network,
-                "preprocess": {}, "split": {}, "files": {}, "doubt_below": 0.0}, path := tmp_path / "last.pt")
+    torch.save(checkpoint(TINY | {"norm": "batch"}), path := tmp_path / "last.pt")
     content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
     for _ in range(300):
         path.write_bytes(mutate(rng, content, 3000))  # the pickle comes first

@@ -14,16 +14,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import HOW, TINY, checkpoint
 from scipy.spatial.transform import Rotation
 
 import data
 import predict
 from metrics import dice
 from unet import UNet
-
-PREPROCESS = {"axis": 2, "label": None, "spacing": [None, 1.0, 1.0], "crop": 0, "normalise": "zscore", "smooth": 0.0,
-              "size": [40, 24]}
-TINY = {"in_channels": 1, "out_channels": 1, "dims": 2, "width": 2, "depth": 2, "norm": "none"}
 
 
 class Ideal(UNet):
@@ -61,9 +58,8 @@ def job(truth, tmp_path, monkeypatch):
     """The command for the folder of scans with an ideal network, other content of its checkpoint, and further words."""
     monkeypatch.setattr(predict, "UNet", Ideal)
 
-    def command(*more, how=PREPROCESS, **changes):
-        content = {"version": predict.VERSION, "model": UNet(**TINY).state_dict(), "network": TINY, "preprocess": how,
-                   "split": {"train": ["seen"], "val": ["kept"]}, "files": {}, "doubt_below": 0.0}
+    def command(*more, how=HOW, **changes):
+        content = checkpoint(how=how | {"size": [40, 24]}, split={"train": ["seen"], "val": ["kept"]})
         torch.save(content | changes, file := tmp_path / "checkpoint.pt")
         words = [tmp_path / "scans", "--checkpoint", file, "--out", tmp_path / "out", "--device", "cpu", *more]
         return [*map(str, words), "--precision", "fp32"]
@@ -77,7 +73,7 @@ def job(truth, tmp_path, monkeypatch):
 def test_an_ideal_network_gives_back_the_truth(job, truth, tmp_path, how, least):
     """Whatever way a scan is stored, its mask has the same shape, affine and codes, and lies on the organ: exactly,
     where it was not resampled."""
-    assert predict.main(job("--batch-size", 4, how=PREPROCESS | how)) == 0
+    assert predict.main(job("--batch-size", 4, how=HOW | how)) == 0
     assert os.listdir(tmp_path / "out") == ["kept.nii.gz"]
     source, written = (nib.load(tmp_path / folder / "kept.nii.gz") for folder in ("scans", "out"))
     assert least <= dice(np.asarray(written.dataobj) == 1, truth == 1) and written.get_data_dtype() == np.uint8
@@ -169,13 +165,12 @@ def test_a_network_is_given_slices_of_the_size_of_its_training_alone(monkeypatch
 
 def test_networks_of_one_checkpoint_share_nothing_and_a_second_mask_is_not_dropped():
     """Trained on, one changed the other, and the checkpoint."""
-    checkpoint = {"network": {"width": 2, "depth": 1, "out_channels": 2}}
-    checkpoint["model"] = UNet(**checkpoint["network"]).state_dict()
+    kept = checkpoint(TINY | {"out_channels": 2})
     places = [{tensor.data_ptr() for tensor in weights.values()} for weights in (
-        checkpoint["model"], *(predict.load_network(checkpoint).state_dict() for _ in range(2)))]
+        kept["model"], *(predict.load_network(kept).state_dict() for _ in range(2)))]
     assert len(set.union(*places)) == sum(map(len, places))
     with pytest.raises(ValueError, match="reshape"):
-        predict.predict_volume(predict.load_network(checkpoint), volume_of(3, 8, 8))
+        predict.predict_volume(predict.load_network(kept), volume_of(3, 8, 8))
 
 
 def test_windows_leave_no_trace_where_a_network_sees_one_voxel_at_a_time():
@@ -205,7 +200,7 @@ def test_slices_are_averaged_over_mm_whatever_lies_between_them(write_nifti, tmp
     array, net = np.zeros((8, 6, 11), np.float32), Ideal(width=2, depth=1, norm="none")
     array[..., 5] = 1
     scan = write_nifti(tmp_path / "a.nii.gz", array, np.diag([1, 1, between, 1]))
-    how = PREPROCESS | {"smooth": 1.5, "size": [6, 8]}
+    how = HOW | {"smooth": 1.5, "size": [6, 8]}
     _, probability = predict.predict_scan(scan, net, how, torch.float32, 16)
     assert np.allclose(probability[[4, 6]] / probability[5], np.exp(-0.5 * (between / 1.5) ** 2), rtol=1e-4)
     assert np.allclose(predict.predict_volume(net, np.ones((4, 6, 8)), smooth=1.5), 0.5)

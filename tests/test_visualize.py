@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import HOW, TINY, checkpoint
 from PIL import Image
 
 import data
@@ -300,15 +301,13 @@ def test_features_are_what_the_levels_put_out():
 
 @pytest.mark.parametrize("size, dims, shape", [([32, 20], 2, (1, 32, 20)), ([5, 16, 16], 3, (5, 16, 16))])
 def test_layers_command_shows_where_the_network_sees_most(size, dims, shape, files, tmp_path, monkeypatch):
-    network, checkpoint, out = {"width": 2, "depth": 1, "dims": dims}, str(tmp_path / "x.pt"), tmp_path / "layers.png"
-    how = {"axis": 2, "label": None, "spacing": [None] * 3, "crop": 0, "normalise": "zscore", "size": size, "smooth": 0}
-    torch.save({"version": predict.VERSION, "model": UNet(**network).state_dict(), "network": network,
-                "preprocess": how, "split": {"train": [], "val": []}, "files": {}, "doubt_below": 0.0}, checkpoint)
-    assert visualize.main(["layers", checkpoint, files[0], "--out", str(out)]) == 0 and out.exists()
+    how, last, out = HOW | {"spacing": [None] * 3, "size": size}, str(tmp_path / "last.pt"), tmp_path / "layers.png"
+    torch.save(checkpoint(TINY | {"dims": dims}, how), last)
+    assert visualize.main(["layers", last, files[0], "--out", str(out)]) == 0 and out.exists()
     seen = np.zeros((9, 30, 40))
     seen[6, 20, 15] = 1
     monkeypatch.setattr(predict, "predict_volume", lambda net, volume, **_: seen)
-    _, image, axis = visualize.fullest_slice(checkpoint, files[0])
+    _, image, axis = visualize.fullest_slice(last, files[0])
     scan = data.read_scan(files[0], 2)
     peak = data.preprocess(scan.array, scan.spacing, how)[6, 20, 15]
     assert axis == 2 and image.shape == shape and (image[shape[0] // 2] == peak).any()
