@@ -43,6 +43,7 @@ ROWS = {
     "anterior": ("", "the anterior hippocampus", "--label 1", ""),
     "posterior": ("", "the posterior hippocampus", "--label 2", ""),
     "long_posterior": ("", "half as many epochs again", "--label 2 --epochs 18", ""),
+    "instance_posterior": ("", "instance norm", "--label 2 --norm instance", ""),
     "former_anterior": ("", "by the former 3D", "--label 1 --width 32 --stem 2 --epochs 18", ""),
     "former_posterior": ("", "by the former 3D", "--label 2 --width 32 --stem 2 --epochs 18", ""),
 }
