@@ -754,7 +754,7 @@ class PatchDataset(SliceDataset):
 
     Args:
         size: (D, H, W) of a patch; a smaller scan is padded.
-        foreground: share of the patches that are centred on a voxel of the organ.
+        foreground: share of the patches that are centred on a voxel of the organ, unless the scan ends there.
         others: see `SliceDataset`.
     """
 

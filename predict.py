@@ -141,9 +141,9 @@ def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None 
 
     A window of `size`, the (H, W) or (D, H, W) of training, moves over the volume: a network sees the padding at the
     border of its input, and loses Dice where it is given other sizes than it was trained on. A smaller volume is padded
-    to it as it was there, and cropped back. Without a size the volume is one window. `batch_size` slices go through
-    the network at a time, or windows, of which `sliding_window` gives two. In 2D it sees each slice alone; neighbours
-    are then averaged by a Gaussian of `smooth` slices deviation.
+    to it as it was there, and cropped back. Without a size the volume is one window. In 2D `batch_size` slices go
+    through the network at a time, which sees each alone; neighbours are then averaged by a Gaussian of `smooth` slices
+    deviation. In 3D it is two windows at most, as `sliding_window` gives them.
     """
     size = tuple(volume.shape[-net.dims :] if size is None else size)
     window = size if net.dims == 3 else (len(volume), *size)  # in 2D it holds all slices, which `answer` takes apart

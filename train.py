@@ -10,7 +10,8 @@ is per scan, in the scan's own space. A checkpoint is written after every epoch.
 killed and resumed ends with the same weights, to the last bit, as one that was left alone, if it gets as many threads.
 What the default reaches, on what data and in how many minutes: see the README.
 
-    python train.py --data phantom --width 8 --steps 80         # what phantom.py writes: a minute on a CPU
+    # what phantom.py writes, by slices: a minute on two cores
+    python train.py --data phantom --width 8 --batch-size 4 --steps 84 --epochs 12
     python train.py --data Task02_Heart                         # one GPU, or the CPU, whatever there is
     python train.py --data Task02_Heart --out runs/a --resume   # go on where runs/a stopped, or start it
     python train.py --data Task02_Heart --dims 2                # slices instead of patches of volumes
@@ -89,7 +90,7 @@ def fit_loop(run: Run) -> None:
     """Train by hand: four stations an epoch. The margin names the Lightning hook or argument that does the same."""
     args, net, device, optimizer, log = run.args, run.net, run.device, run.optimizer, []
     autocast = partial(torch.autocast, device.type, run.precision, enabled=run.precision != torch.float32)
-    scaler = make_scaler(run)                                                           # Trainer(precision=)
+    scaler = make_scaler(run)                                                           # Trainer(precision=), in fp16
     if run.saved:                                                                       # Trainer.fit(ckpt_path=)
         log = list(run.saved["log"])  # a copy, since this one grows
         net.load_state_dict(run.saved["model"])
@@ -115,10 +116,10 @@ def fit_loop(run: Run) -> None:
             with autocast():                                                            # training_step
                 logits = forward(image)
             loss = run.loss_function(logits.float(), mask)  # in float32, outside autocast
-            losses.append(loss.detach())  # stays on the device: the host reads it once an epoch
+            losses.append(loss.detach())  # stays on the device: to read it in each step would make the host wait
             optimizer.zero_grad()                                                       # optimizer_zero_grad
             scaler.scale(loss).backward()                                               # backward
-            # The rate of this step; Lightning sets it at the end of the last one.
+            # The rate of this step; Lightning sets it at the end of the step before.
             for group in optimizer.param_groups:                                        # lr_scheduler_step
                 group["lr"] = args.lr * lr_at(epoch * args.steps + i, args.epochs * args.steps, args.schedule)
             scaler.unscale_(optimizer)                                                  # configure_gradient_clipping
@@ -128,12 +129,13 @@ def fit_loop(run: Run) -> None:
             if scaler.is_enabled() or norm.isfinite():                                  # optimizer_step
                 scaler.step(optimizer)
             scaler.update(None if run.precision == torch.float16 else 1.0)  # 1: left to itself, it would double in time
-        share_buffers(run)                                                              # on_train_batch_end
+        share_buffers(run)                                                              # on_train_batch_end, the last
         check_finite(run, epoch, torch.stack(norms))  # waits for the GPU, so that the next line tells the time
         trained = time.perf_counter()
 
         # -- evaluate ------------------------------------------------------------------- validation_step
-        rows = gather_rows(evaluate(run, run.val_scans))                                # on_train_epoch_end
+        rows = evaluate(run, run.val_scans)
+        rows = gather_rows(rows)                                                        # on_train_epoch_end
         log.append(log_row(run, epoch, losses, norms, rows, started, trained))
         if run.rank > 0:
             continue
@@ -192,7 +194,7 @@ def fit_lightning(run: Run) -> None:
         def configure_gradient_clipping(self, optimizer, *_, **__):
             self.norms.append(nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf))
             if not self.norms[-1].isfinite():
-                optimizer.zero_grad()  # without gradients AdamW leaves the weights alone
+                optimizer.zero_grad()  # without gradients AdamW leaves the weights alone: what the loop's scaler does
 
         def on_train_batch_end(self, _, batch, i):
             if i + 1 == args.steps:
@@ -255,7 +257,7 @@ def has_fused(device: torch.device) -> bool:
 
 
 def make_scaler(run: Run) -> torch.amp.GradScaler:
-    """A scaler that leaves out steps whose gradient is inf or NaN. Only of float16 it scales the loss, too."""
+    """A scaler that leaves out steps whose gradient is inf or NaN. In float16 it scales the loss, too."""
     scale = 2.0**16 if run.precision == torch.float16 else 1.0
     return torch.amp.GradScaler(run.device.type, scale, enabled=has_fused(run.device))
 
@@ -286,7 +288,7 @@ def time_left(seconds: float) -> str:
 
 
 def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
-    """Score each scan in its own space.
+    """Score each scan in its own space. (`UNet.predict` sees to evaluation mode, and that there are no gradients.)
 
     Returns:
         One row per scan: name, dice, confidence, truth and prediction (foreground voxels), voxels; of the slice that
@@ -434,7 +436,7 @@ LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEFAULTS = {2: {"depth": 3, "epochs": 22}, 3: {"depth": 2, "epochs": 12}}
 SMOOTH = 1.5  # mm, deviation of the Gaussian that averages slices at prediction, in 2D
-VALIDATED = 500_000_000  # voxels that are scored after an epoch at most: a minute on two cores
+VALIDATED = 500_000_000  # voxels, as the network sees them, that are scored after an epoch: a minute on two cores
 LARGEST_PATCH = (20, 32, 32)  # times the stem, at least times 2: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
 # What a resumed run may change: where and how it runs; and --epochs, which moves the learning rate: `compare` says so.
 MAY_CHANGE = {"data", "cache", "out", "resume", "tensorboard", "device", "workers", "compile", "epochs"}
@@ -448,7 +450,8 @@ def say(text: str) -> None:
 
 def prepare(args: argparse.Namespace) -> Run:
     """Seed, device, data, network, optimisation, run folder: lines are printed for each. The weights of a checkpoint to
-    go on from are loaded by the engine."""
+    go on from are loaded by the engine. The margin says where Lightning's users do the same; `fit_lightning` gets what
+    is made here."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if rank > 0:
         warnings.simplefilter("ignore")  # the first process says what there is to say
@@ -470,9 +473,9 @@ def prepare(args: argparse.Namespace) -> Run:
     saved = predict.load_checkpoint(last) if args.resume and last.exists() else None
     train_scans, val_scans, kept = load_data(args, saved)                               # DataModule.setup
     size = kept["preprocess"]["size"]
-    lowest = math.ceil(size[0] / (args.stem * 2**args.depth))  # depth of the lowest maps; above one of 1 lies one of 2
+    lowest = math.ceil(size[0] / (args.stem * 2**args.depth))  # slices of the lowest maps; above 1 are 2
     if args.dims == 3 and device.type == "cpu" and (lowest == 2 or lowest == 1 and args.depth > 0):
-        precision = torch.float32  # PyTorch's bfloat16 gradients are wrong at a depth of 2 there: see the README
+        precision = torch.float32  # of maps of 2 slices PyTorch's bfloat16 gradients are wrong there: see the README
     # What "auto" became: on another machine it may become another, and then `compare` refuses to go on.
     args.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
     dataset = data.SliceDataset if args.dims == 2 else data.PatchDataset
@@ -659,8 +662,8 @@ def choose_size(args: argparse.Namespace, train: Sequence[data.CachedScan], how:
     enough = max(size) > multiple and min(size[-2:]) >= multiple
     require(enough, f"--size {size}: too small for its lowest level; lower --depth, or take {multiple} a side and on "
             "one side more")
-    # As many samples as a step of bounded time can hold.
-    least, points = (4, 100_000) if args.dims == 2 else (2, 2 * math.prod(LARGEST_PATCH))  # of the first level's maps
+    # As many samples as a step of bounded time can hold: the fewest, and the points of their first level's maps.
+    least, points = (4, 100_000) if args.dims == 2 else (2, 2 * math.prod(LARGEST_PATCH))
     samples = max(least, min(points // math.ceil(math.prod(size) / args.stem**args.dims), 16))
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # each process takes the same share
     args.batch_size = args.batch_size or math.ceil(samples / world_size) * world_size

@@ -26,7 +26,7 @@ HOUSE = {
     "metrics": (40, set()),
     "data": (499, set()),
     "predict": (235, {"data", "metrics", "unet"}),
-    "train": (616, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "train": (617, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (320, {"data", "predict"}),
     "phantom": (140, set()),
 }
