@@ -23,7 +23,6 @@ import contextlib
 import csv
 import gzip
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -54,6 +53,8 @@ from tqdm import tqdm
 PLANES = ("LIP", "PIL", "SPL")
 # ... and which of the patient's axes that is: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
 PATIENT_AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
+# A part of every key of the cache: who changes this file gets what it makes now.
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 NIFTI = (".nii", ".nii.gz")
 # What a scan that is no NIfTI is, what makes one of it, and the endings by which it is known.
 FOREIGN = {
@@ -336,7 +337,11 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
     check_range(float(voxels.min()), float(voxels.max()), path)  # before float32, which holds less
     if not image.header["sform_code"] and not image.header["qform_code"]:
         warnings.warn(f"{path}: its header gives no orientation; left and right are a guess", stacklevel=2)
-    if np.linalg.cond(image.affine[:3, :3] / nib.affines.voxel_sizes(image.affine)) > 1.05:  # 1 at right angles
+    told, taken = image.header.get_zooms()[:3], nib.affines.voxel_sizes(image.affine)
+    if not np.allclose(told, taken, rtol=0.01):  # after a registration, for instance
+        warnings.warn(f"{path}: its header says voxels of {listed(told, ' x ')} mm, its affine {listed(taken, ' x ')}; "
+                      "the affine is taken", stacklevel=2)
+    if np.linalg.cond(image.affine[:3, :3] / taken) > 1.05:  # 1 at right angles
         warnings.warn(f"{path}: its axes are not at right angles; mm and ml are not exact", stacklevel=2)
     spacing = np.array(patient_spacing(image))[list(PATIENT_AXES[axis])]
     return Scan(np.array(voxels, np.float32, order="C"), tuple(spacing.tolist()), image, axis)
@@ -548,19 +553,13 @@ def fingerprint(path: Path) -> list:
     return [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-@cache
-def code_behind() -> str:
-    """The code that makes the arrays of the cache. It is a part of every key: whoever changes it gets them anew."""
-    return "".join(map(inspect.getsource, (read_voxels, upright, read_scan, read_label, read_pair, resize, preprocess)))
-
-
 def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
     """Read, preprocess and store one scan and its mask, unless they lie in the cache already; `how`: see `preprocess`,
     and the keys `axis` and `label`.
 
     The folder's name tells files and preprocessing apart, and it is renamed into place when whole.
     """
-    key = json.dumps([code_behind(), *map(fingerprint, pair[1:]), how])  # of both files
+    key = json.dumps([CODE, *map(fingerprint, pair[1:]), how])  # of both files
     folder = cache_folder / f"{pair.name[:50]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return CachedScan(pair.name, folder)

@@ -39,7 +39,6 @@ from unet import UNet
 VERSION = 4  # of the checkpoint; train.py writes it, load_checkpoint understands it
 # So begin the header fields that a mask copies from its scan: where the voxels lie, and nothing of what they meant.
 GEOMETRY = ("pixdim", "xyzt", "q", "sform", "srow")
-DESCRIPTION = b"mask: 1 is the organ"  # in the header of a mask, by which it is known again
 
 # ------------------------------------------------------------------------------------------------ device and precision
 
@@ -195,16 +194,21 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else mask
 
 
+def description(mask: np.ndarray) -> bytes:
+    """What stands in the header of a mask, by which it is known again, unless somebody has redrawn it."""
+    return f"mask: 1 is the organ; {zlib.crc32(np.uint8(mask).tobytes()):08x}".encode()
+
+
 def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
     """Write a mask (D, H, W) as uint8, .nii.gz, on the scan's own grid: the file's shape, affine and header codes."""
-    source = scan.source
+    source, mask = scan.source, scan.restore(array).astype(np.uint8)
     header = type(source.header)()
     header.set_data_shape(source.shape)
     for field in header:
         if field.startswith(GEOMETRY):
             header[field] = source.header[field]
-    header["cal_max"], header["descrip"] = 1, DESCRIPTION  # cal_min and cal_max: what a viewer shows
-    image = type(source)(scan.restore(array).astype(np.uint8), source.affine, header, dtype=np.uint8)
+    header["cal_max"], header["descrip"] = 1, description(mask)  # cal_min and cal_max: what a viewer shows
+    image = type(source)(mask, source.affine, header, dtype=np.uint8)
     # As nibabel packs: fast, and the same bytes for the same mask.
     data.write_atomically(path, gzip.compress(image.to_bytes(), 1, mtime=0))
 
@@ -218,6 +222,8 @@ def find_scans(paths: Sequence[str], labelled: bool = False) -> dict[str, Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         folder = next((path / name for name in folders if (path / name).is_dir()), None)
+        if folder and folder != path and any(file.name.lower().endswith(data.NIFTI) for file in path.iterdir()):
+            warnings.warn(f"{path}: its own scans are left out, those of {folder.name}/ are taken", stacklevel=2)
         files += data.nifti_files(folder) if folder else [path]
     return data.by_name(files)
 
@@ -286,12 +292,15 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     require(not both, f"{data.listed(sorted(both))}: a mask would overwrite a scan or a label; choose another --out")
     for path in files:
         data.open_nifti(path)
-    for path in masks.values():  # a label that was drawn by hand, for instance
-        ours = not path.exists() or data.open_nifti(path).header["descrip"] == DESCRIPTION
-        require(ours, f"{path}: was there before, and not written by predict.py; choose another --out")
+    for path in (path for path in masks.values() if path.exists()):  # a label that was drawn by hand, for instance
+        image = data.open_nifti(path)
+        ours = image.header["descrip"] == description(data.read_voxels(image, path))
+        require(ours, f"{path}: was there before, and predict.py did not write it so; choose another --out")
     others = sorted({path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in masks.values()})
     if others:
         warnings.warn(f"{args.out} holds masks that were there before: {data.listed(others)}", stacklevel=2)
+    if Path(args.out, "scores.csv").exists() and not labels:
+        warnings.warn(f"{args.out}/scores.csv was there before: it is not of these masks", stacklevel=2)
     return scans, labels, masks
 
 

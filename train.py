@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import math
@@ -713,7 +714,10 @@ def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
     with data.one_line(out):
         out.mkdir(parents=True, exist_ok=True)
         starts = len(list(out.glob("args*.json")))
-        require(args.resume or not (starts or any(out.glob("*.pt"))), taken)
+        there = starts or any(out.glob("*.pt")) or any((out / name).exists() for name in ("log.csv", "split.json"))
+        require(args.resume or not there, taken)
+        if there and not (out / "last.pt").exists():
+            warnings.warn(f"{out}: holds no last.pt to go on from; the run begins anew", stacklevel=2)
         try:
             with open(out / (f"args-{starts + 1}.json" if starts else "args.json"), "x") as file:
                 json.dump(vars(args) | {"machine": machine}, file, indent=1)
@@ -823,7 +827,7 @@ def train(args: argparse.Namespace) -> dict:
     Raises:
         DataError: input that cannot be trained on, or a disk that is full, in one line.
     """
-    started = time.perf_counter()
+    started, args = time.perf_counter(), copy.copy(args)  # what is filled in is of these data
     engine = fit_loop if args.engine == "loop" else fit_lightning
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):                  # Trainer(benchmark=)

@@ -198,7 +198,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("overlay --label 0", "--label 0: expected values from 1"),
     ("score --held-out", "--held-out; x", {"last.pt": saved(split={"train": ["a"], "val": ["x"]})}),
     # -- runs and checkpoints
-    ("train", "out: holds a run; --resume; another --out", {"out/args.json": b""}),
+    ("train", "out: holds a run; --resume; another --out", {"out/args.json": b""}, {"out/log.csv": b"mine"}),
     ("predict --checkpoint set/imagesTr/a.nii.gz", "a.nii.gz; checkpoint; train.py"),
     *held(NETS, "last.pt", [
         ("no such file", None),
@@ -216,6 +216,10 @@ NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("predict", "note: out holds masks that were there before: ~.nii.gz", {"out/~.nii.gz": MASK}),
     ("score, data", "labelsTr/a.nii.gz; 1.0e-05 mm", {LABEL: image(MASK, shift=1e-5)}),
     ("predict", "imagesTr/a.nii.gz; no orientation; a guess", {A: header(sform_code=0, qform_code=0)}),
+    ("predict", "imagesTr/a.nii.gz; header says voxels of 1 x 1 x 1 mm, its affine 1.4 x 1 x 1; the affine is taken",
+     {A: header(srow_x=[1.4, 0, 0, 0])}),
+    ("predict", "out/scores.csv was there before: it is not of these masks", {"out/scores.csv": b""}),
+    ("train --resume", "out: holds no last.pt to go on from; the run begins anew", {"out/log.csv": b""}),
     ("predict", "imagesTr/a.nii.gz; not at right angles; mm and ml", {A: header(srow_x=[1, 0.5, 0, 0])}),
     (SETS, "set/imagesTr: 15 left out; no NIfTI files: IM_01: DICOM; dcm2niix",
      {f"set/imagesTr/{name}": content for name, content in FOREIGN.items()} | {"set/imagesTr/x": {}}),

@@ -24,9 +24,9 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (499, set()),
-    "predict": (235, {"data", "metrics", "unet"}),
-    "train": (617, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "data": (500, set()),
+    "predict": (241, {"data", "metrics", "unet"}),
+    "train": (621, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (320, {"data", "predict"}),
     "phantom": (140, set()),
 }

@@ -82,7 +82,8 @@ def test_an_ideal_network_gives_back_the_truth(job, truth, tmp_path, how, least)
         assert np.array_equal(written.header[field], source.header[field]), field
     header = nib.Nifti1Header(gzip.decompress((tmp_path / "out" / "kept.nii.gz").read_bytes())[:348])
     says = {"scl_slope": 1, "scl_inter": 0, "cal_min": 0, "cal_max": 1, "intent_code": 0, "aux_file": b"",
-            "descrip": b"mask: 1 is the organ", "dim_info": 0, "vox_offset": 352}  # no extension
+            "descrip": predict.description(np.asarray(written.dataobj)), "dim_info": 0,
+            "vox_offset": 352}  # no extension
     assert {field: header[field] for field in says} == says
 
 
@@ -104,6 +105,20 @@ def test_scores_a_bar_and_a_note_where_scans_were_trained_on(job, truth, tmp_pat
         assert terminal.getvalue().count(note) == n
     assert predict.main(job("--held-out", split={"train": [], "val": ["kept", "gone"]})) == 0
     assert "note: 1 of the 2 scans that the run kept are here" in terminal.getvalue()
+
+
+def test_a_mask_that_was_corrected_by_hand_is_not_replaced(job, tmp_path, capsys):
+    """A program that keeps the header made it pass for ours."""
+    path = tmp_path / "out" / "kept.nii.gz"
+    for _ in range(2):
+        assert predict.main(job()) == 0
+    mask = nib.load(path)
+    corrected = np.asarray(mask.dataobj).copy()
+    corrected[0, 0, 0] = 1
+    nib.save(nib.Nifti1Image(corrected, mask.affine, mask.header), path)
+    before = path.read_bytes()
+    assert predict.main(job()) == 2 and "did not write it so; choose another --out" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("below", [0.0, 1.1, np.nan])
@@ -132,7 +147,9 @@ def test_the_root_of_a_data_set_gives_new_scans_or_those_with_labels(tmp_path, w
     """With labels to score against, the scans of `imagesTs`, which have none, are not meant."""
     for name in ("imagesTs/new.nii.gz", "imagesTr/old.nii.gz", "single.NII"):
         write_nifti(tmp_path / name, np.zeros((2, 2, 2), np.uint8))
-    assert list(predict.find_scans([str(tmp_path / "single.NII"), str(tmp_path)])) == ["single", "new"]
+    with pytest.warns(UserWarning, match="its own scans are left out, those of imagesTs/ are taken"):
+        assert list(predict.find_scans([str(tmp_path / "single.NII"), str(tmp_path)])) == ["single", "new"]
+    (tmp_path / "single.NII").unlink()
     assert list(predict.find_scans([str(tmp_path)], labelled=True)) == ["old"]
 
 
