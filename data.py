@@ -151,14 +151,15 @@ def nifti_files(folder: Path) -> list[Path]:
     return scans
 
 
-def by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Files by scan name: without `.nii.gz`, and without `_0000`, nnU-Net's number of the channel, if all end so.
+def by_name(paths: Sequence[Path], known: Sequence[str] = ()) -> dict[str, Path]:
+    """Files by scan name: without `.nii.gz`, and without `_0000`, nnU-Net's number of the channel, if all end so and
+    none is `known` by its whole name.
 
     Raises:
         DataError: two files of one name, or of names that Windows and macOS take for one (A and a).
     """
     names = [re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE) for path in paths]
-    if all(name.endswith("_0000") for name in names):
+    if all(name.endswith("_0000") for name in names) and not set(names).intersection(known):
         names = [name.removesuffix("_0000") for name in names]
     seen: dict[str, Path] = {}
     for name, path in zip(names, paths, strict=True):

@@ -216,8 +216,9 @@ def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def find_scans(paths: Sequence[str], labelled: bool = False) -> dict[str, Path]:
-    """Scans of files and folders, by name. Of a data set's root, those to predict, or those that have labels."""
+def find_scans(paths: Sequence[str], labelled: bool = False, known: Sequence[str] = ()) -> dict[str, Path]:
+    """Scans of files and folders, by name, see `data.by_name`. Of a data set's root, those to predict, or those that
+    have labels."""
     folders = ("imagesTr", "images", "") if labelled else ("imagesTs", "images", "imagesTr", "")
     files: list[Path] = []
     for path in map(Path, paths):
@@ -225,7 +226,7 @@ def find_scans(paths: Sequence[str], labelled: bool = False) -> dict[str, Path]:
         if folder and folder != path and any(file.name.lower().endswith(data.NIFTI) for file in path.iterdir()):
             warnings.warn(f"{path}: its own scans are left out, those of {folder.name}/ are taken", stacklevel=2)
         files += data.nifti_files(folder) if folder else [path]
-    return data.by_name(files)
+    return data.by_name(files, known)
 
 
 def predict_scan(path: str | Path, net: UNet, how: dict, precision: torch.dtype = torch.float32,
@@ -269,23 +270,26 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     Raises:
         DataError: a file that is missing or damaged, or a mask that would overwrite what predict.py did not write.
     """
-    split, scans = checkpoint["split"], find_scans(args.scans, labelled=bool(args.labels or args.held_out))
+    split, known = checkpoint["split"], [*checkpoint["split"]["train"], *checkpoint["split"]["val"]]
+    scans = find_scans(args.scans, bool(args.labels or args.held_out), known)
     if args.held_out:  # by name
         scans = {name: path for name, path in scans.items() if name in split["val"]}
         require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
         if len(scans) < len(split["val"]):
             warnings.warn(f"{len(scans)} of the {len(split['val'])} scans that the run kept are here", stacklevel=2)
-    labels = data.by_name(data.nifti_files(Path(args.labels))) if args.labels else {}
+    labels = data.by_name(data.nifti_files(Path(args.labels)), known) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
     if labels:  # of these scans alone; trained on, by name, and by content: scans may have been numbered anew
         labels = {name: labels[name] for name in scans}
-        known = {scan for name, (scan, *_) in checkpoint["files"].items() if name in split["train"]}
-        seen = [name for name, path in scans.items()
-                if name in split["train"] or zlib.crc32(path.read_bytes()) in known]
+        sums = {scan for name, (scan, *_) in checkpoint["files"].items() if name in split["train"]}
+        seen = [name for name, path in scans.items() if name in split["train"] or zlib.crc32(path.read_bytes()) in sums]
         if seen:
             warnings.warn(f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
                           f"{data.listed(seen)}; scores on them say nothing about new scans", stacklevel=2)
+    elif channels := [name for name in scans if name.endswith("_0001") and f"{name[:-4]}0000" in scans]:
+        warnings.warn(f"{data.listed(channels)}: if these are second channels of a patient, as nnU-Net numbers them, "
+                      "leave them out", stacklevel=2)
     masks = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
     both = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in masks.values()}

@@ -432,7 +432,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 # ---------------------------------------------------------------------------------------------------- before the loop
 
-# One more with a Dice in it goes into `make_loss`, too.
+# One more with a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each.
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEFAULTS = {2: {"depth": 3, "epochs": 22}, 3: {"depth": 2, "epochs": 12}}
@@ -492,7 +492,7 @@ def prepare(args: argparse.Namespace) -> Run:
     say(f"data       {len(train_scans)} scans to train on, {len(val_scans)} to validate on; batches of "
         f"{args.batch_size} {'slices' if args.dims == 2 else 'patches'} of {' x '.join(map(str, size))}")
 
-    names = ("dims", "width", "depth", "norm", "attention", "stem")  # one channel and one mask, here and in prediction
+    names = ("dims", "width", "depth", "norm", "attention", "stem")  # one channel and one mask, as in predict_volume
     network = {name: getattr(args, name) for name in names}
     net = UNet(**network)                                                               # configure_model
     if world_size > 1 and device.type == "cuda":

@@ -534,7 +534,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("picture", choices=("overlay", "planes", "movie", "layers", "curves", "augment"))
     add("files", nargs="+", help="a scan and masks; layers: a checkpoint and a scan; curves: the folders of runs")
     add("--out", required=True, metavar="FILE", help="file to write: .png; of a movie .gif, or .html, a player")
-    add("--axis", type=int, choices=(0, 1, 2), default=2, help="slices: 0 sagittal, 1 coronal, 2 axial (default: 2)")
+    add("--axis", type=int, choices=(0, 1, 2), default=2,
+        help="slices: 0 sagittal, 1 coronal, 2 axial; planes and .html show all three (default: 2)")
     add("--label", type=int, nargs="+", metavar="N", help="foreground of the last file (default: all but 0)")
     add("--count", type=int, default=8, metavar="N", help="slices of overlay, 0 for all (default: 8)")
     return data.run_command(draw, parser.parse_args(argv))

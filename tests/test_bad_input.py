@@ -219,6 +219,7 @@ NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("predict", "imagesTr/a.nii.gz; header says voxels of 1 x 1 x 1 mm, its affine 1.4 x 1 x 1; the affine is taken",
      {A: header(srow_x=[1.4, 0, 0, 0])}),
     ("predict", "out/scores.csv was there before: it is not of these masks", {"out/scores.csv": b""}),
+    ("predict", "x_0001: if these are second channels of a patient; leave them out", rename("x_0000", "x_0001")),
     ("train --resume", "out: holds no last.pt to go on from; the run begins anew", {"out/log.csv": b""}),
     ("predict", "imagesTr/a.nii.gz; not at right angles; mm and ml", {A: header(srow_x=[1, 0.5, 0, 0])}),
     (SETS, "set/imagesTr: 15 left out; no NIfTI files: IM_01: DICOM; dcm2niix",

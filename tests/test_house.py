@@ -25,9 +25,9 @@ HOUSE = {
     "losses": (30, set()),
     "metrics": (40, set()),
     "data": (500, set()),
-    "predict": (241, {"data", "metrics", "unet"}),
+    "predict": (244, {"data", "metrics", "unet"}),
     "train": (621, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (320, {"data", "predict"}),
+    "visualize": (321, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")

@@ -151,6 +151,9 @@ def test_the_root_of_a_data_set_gives_new_scans_or_those_with_labels(tmp_path, w
         assert list(predict.find_scans([str(tmp_path / "single.NII"), str(tmp_path)])) == ["single", "new"]
     (tmp_path / "single.NII").unlink()
     assert list(predict.find_scans([str(tmp_path)], labelled=True)) == ["old"]
+    # A patient numbered 0000, alone, was taken for nnU-Net's channel of that number.
+    path = str(write_nifti(tmp_path / "p_0000.nii", np.zeros((2, 2, 2), np.uint8)))
+    assert [list(predict.find_scans([path], known=known)) for known in ((), ["p_0000"])] == [["p"], ["p_0000"]]
 
 
 def test_devices_and_precision():
