@@ -113,7 +113,7 @@ def record(name: str, arguments: Sequence[str], prediction: Sequence[str] = (), 
     last, labels = f"{checkpoint['out']}/last.pt", data.find_pairs(args.data)[0].label.parent
     rows = predict.predict(predict.parse_args([
         args.data, "--checkpoint", last, "--out", f"{checkpoint['out']}/masks", "--labels", str(labels), "--held-out",
-        "--device", args.device, "--precision", args.precision, *prediction]))
+        "--device", args.device, "--precision", checkpoint["args"]["precision"], *prediction]))
     log, numbers = checkpoint["log"], [key for key, value in rows[0].items() if isinstance(value, int | float)]
     minutes = np.cumsum([row["system/seconds"] + row["system/validation_seconds"] for row in log]) / 60
     content |= {
