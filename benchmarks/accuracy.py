@@ -35,15 +35,14 @@ ROWS = {
     "stem2": ("former", "blocks of 2 x 2 voxels instead of 4 x 4", "--stem 2 --epochs 6", ""),
     "former_volume": ("", "the former 3D", "--dims 3 --width 32 --epochs 64 --steps 71", ""),
     "volume_component": ("former_volume", "largest component only", "", "--largest-component"),
-    # The recipe that this project started from (see train.py), for about as long as the default takes.
-    "seed": ("", "the first recipe: no norm, Dice loss, Adam 1e-4",
+    "seed": ("", "the first recipe: no norm, Dice loss, Adam 1e-4",  # see train.py
              "--dims 2 --width 64 --depth 3 --stem 1 --norm none --loss dice --lr 0.0001 --schedule constant "
              "--weight-decay 0 --clip 0 --augment geometry --normalise minmax --crop 32 --epochs 1 --steps 352", ""),
-    # A second data set, on which only the stem was chosen: the Decathlon's Task04_Hippocampus, its two labels.
+    # A second data set: the Decathlon's Task04_Hippocampus, its two labels.
     "anterior": ("", "the anterior hippocampus", "--label 1", ""),
     "posterior": ("", "the posterior hippocampus", "--label 2", ""),
-    "long_posterior": ("", "half as many epochs again", "--label 2 --epochs 18", ""),
-    "instance_posterior": ("", "instance norm", "--label 2 --norm instance", ""),
+    "long_posterior": ("posterior", "half as many epochs again", "--epochs 18", ""),
+    "instance_posterior": ("posterior", "instance norm", "--norm instance", ""),
     "former_anterior": ("", "by the former 3D", "--label 1 --width 32 --stem 2 --epochs 18", ""),
     "former_posterior": ("", "by the former 3D", "--label 2 --width 32 --stem 2 --epochs 18", ""),
 }

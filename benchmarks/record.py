@@ -69,8 +69,7 @@ def shown(arguments: Sequence[str]) -> str:
 def watch(every: float = 1.0) -> Iterator[dict]:
     """While the block runs: the most memory, and the seconds that the loop stood still for its next batch.
 
-    Memory is PSS, which counts a page once, however many processes share it; Linux alone knows it. A GPU waits no
-    longer than the loop: it still works on the last steps while the loop asks for a batch.
+    Memory is PSS, in which a shared page counts once; Linux alone knows it. A GPU waits no longer than the loop does.
     """
     found, ended, plain = {"gb": 0.0, "waited": 0.0}, threading.Event(), DataLoader.__iter__
 
