@@ -90,6 +90,7 @@ def test_an_ideal_network_gives_back_the_truth(job, truth, tmp_path, how, least)
 def test_scores_a_bar_and_a_note_where_scans_were_trained_on(job, truth, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
     terminal.isatty = lambda: True
+    (tmp_path / "labels" / "other.nii.gz").write_bytes(b"damaged, but of no scan here")
     assert predict.main(job("--labels", tmp_path / "labels", "--held-out")) == 0
     assert "dice     1.0000 (SD 0.0000, 1.0000 to 1.0000)" in capsys.readouterr().out
     assert re.search(r"predicting 1 of 1 scans, 00:00 left \|.*\|", terminal.getvalue())

@@ -171,6 +171,13 @@ def test_what_a_run_leaves(run_args, tmp_path, capsys):
     assert [image.step for image in events.Images("validation")] == [1, 2]
 
 
+def test_arguments_serve_for_another_data_set(quick):
+    """What is chosen by the voxels was filled in, and held for the next data set, too."""
+    args = train.parse_args([*quick, "--precision", "auto"])
+    before = dict(vars(args))
+    assert train.train(args)["args"] != before == vars(args)
+
+
 @pytest.mark.parametrize("more", [[], VOLUME])
 def test_predict_finds_the_validation_dice_again_from_files(quick, phantoms, tmp_path, more):
     run(*quick, *more, "--attention", "--lr", 2e-2, "--augment", "geometry")
