@@ -714,7 +714,7 @@ def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
     with data.one_line(out):
         out.mkdir(parents=True, exist_ok=True)
         starts = len(list(out.glob("args*.json")))
-        there = starts or any(out.glob("*.pt")) or any((out / name).exists() for name in ("log.csv", "split.json"))
+        there = any(path for name in ("args*.json", "*.pt", "log.csv", "split.json") for path in out.glob(name))
         require(args.resume or not there, taken)
         if there and not (out / "last.pt").exists():
             warnings.warn(f"{out}: holds no last.pt to go on from; the run begins anew", stacklevel=2)
