@@ -597,7 +597,17 @@ def cache_scans(pairs: Sequence[Pair], how: dict, folder: str | Path) -> list[Ca
         jobs = pool.map(partial(cache_scan, how=how, cache_folder=Path(folder)), pairs)
         scans = list(tqdm(jobs, "reading", len(pairs), unit=" scans", leave=False, disable=None))
     note_labels({scan.name: scan.open("values").tolist() for scan in scans}, how["label"])
+    if cut := [scan.name for scan in scans if how["crop"] and reaches_border(scan)]:
+        warnings.warn(f"--crop {how['crop']}: the organ reaches the border of what is left of {listed(cut)}; what was "
+                      "cut off is never called organ", stacklevel=2)
     return scans
+
+
+def reaches_border(scan: CachedScan) -> bool:
+    """Whether the organ reaches the border of its slices, or does not appear in them at all."""
+    mask = scan.open("mask")
+    gone = scan.open("truth").any() and not mask.any()
+    return bool(gone or mask[:, [0, -1]].any() or mask[:, :, [0, -1]].any())
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation

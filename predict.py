@@ -194,9 +194,11 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else mask
 
 
-def description(mask: np.ndarray) -> bytes:
-    """What stands in the header of a mask, by which it is known again, unless somebody has redrawn it."""
-    return f"mask: 1 is the organ; {zlib.crc32(np.uint8(mask).tobytes()):08x}".encode()
+def description(mask: np.ndarray, scan: str | Path) -> bytes:
+    """What stands in the header of a mask: by it predict.py knows its mask of this scan file again, unless somebody has
+    redrawn it."""
+    sums = [zlib.crc32(content) for content in (np.uint8(mask).tobytes(), Path(scan).read_bytes())]
+    return "mask: 1 is the organ; {:08x} of {:08x}".format(*sums).encode()
 
 
 def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
@@ -207,7 +209,8 @@ def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
     for field in header:
         if field.startswith(GEOMETRY):
             header[field] = source.header[field]
-    header["cal_max"], header["descrip"] = 1, description(mask)  # cal_min and cal_max: what a viewer shows
+    header["cal_max"] = 1  # cal_min and cal_max: what a viewer shows
+    header["descrip"] = description(mask, source.get_filename())
     image = type(source)(mask, source.affine, header, dtype=np.uint8)
     # As nibabel packs: fast, and the same bytes for the same mask.
     data.write_atomically(path, gzip.compress(image.to_bytes(), 1, mtime=0))
@@ -296,15 +299,21 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     require(not both, f"{data.listed(sorted(both))}: a mask would overwrite a scan or a label; choose another --out")
     for path in files:
         data.open_nifti(path)
-    for path in (path for path in masks.values() if path.exists()):  # a label that was drawn by hand, for instance
-        image = data.open_nifti(path)
-        ours = image.header["descrip"] == description(data.read_voxels(image, path))
-        require(ours, f"{path}: was there before, and predict.py did not write it so; choose another --out")
+    for name, path in masks.items():
+        if path.exists():  # drawn or corrected by hand, for instance, or of another patient's scan of that name
+            image = data.open_nifti(path)
+            ours = image.header["descrip"] == description(data.read_voxels(image, path), scans[name])
+            require(ours, f"{path}: was there before, and predict.py did not write it so of {scans[name]}; choose "
+                    "another --out")
     others = sorted({path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in masks.values()})
     if others:
         warnings.warn(f"{args.out} holds masks that were there before: {data.listed(others)}", stacklevel=2)
-    if Path(args.out, "scores.csv").exists() and not labels:
-        warnings.warn(f"{args.out}/scores.csv was there before: it is not of these masks", stacklevel=2)
+    table = Path(args.out, "scores.csv")
+    if table.exists() and not labels:
+        warnings.warn(f"{table} was there before: it is not of these masks", stacklevel=2)
+    elif table.exists():
+        ours = table.read_bytes().startswith(b"name,mask,confidence,")
+        require(ours, f"{table}: was there before, and predict.py did not write it; choose another --out")
     return scans, labels, masks
 
 

@@ -600,14 +600,15 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
         writable = there.is_dir() and os.access(there, os.W_OK)
         require(writable, f"{folder}: {there} is no folder that can be written to; choose another")
     split = saved["split"] if saved else data.split_scans([pair.name for pair in pairs], args.folds, args.fold)
+    if args.overfit:  # of the other scans nothing is read
+        split = {"train": split["train"][: args.overfit], "val": []}
+        pairs = [pair for pair in pairs if pair.name in split["train"]]
     if saved:
         pairs = keep_split(pairs, split, args.data)
     how = choose_preprocessing(args, saved, pairs)
     scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
     train = [scans[name] for name in split["train"]]
-    val = [scans[name] for name in split["val"]]
-    if args.overfit:
-        train = val = train[: args.overfit]
+    val = train if args.overfit else [scans[name] for name in split["val"]]
     organ = any(scan.open("mask").any() for scan in train)
     require(organ, f"{args.data}: no voxel of a label is foreground, with --label {args.label} and --crop {args.crop}; "
             "there is nothing to learn")

@@ -195,6 +195,7 @@ REFUSED = [  # the commands that meet it; pieces of the line; what is planted, e
     ("predict", "out/a.nii.gz: was there before; another --out", {"out/a.nii.gz": MASK}),
     ("predict", "out/a.nii.gz: not a readable", {"out/mine": b"", "out/a.nii.gz": Path("mine")}),  # a link
     ("predict --out set/labelsTr", "labelsTr/a.nii.gz: was there before; another --out"),  # of labels drawn by hand
+    ("score", "out/scores.csv: was there before, and predict.py did not write it", {"out/scores.csv": b"name,dice"}),
     ("overlay --label 0", "--label 0: expected values from 1"),
     ("score --held-out", "--held-out; x", {"last.pt": saved(split={"train": ["a"], "val": ["x"]})}),
     # -- runs and checkpoints
@@ -219,6 +220,8 @@ NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("predict", "imagesTr/a.nii.gz; header says voxels of 1 x 1 x 1 mm, its affine 1.4 x 1 x 1; the affine is taken",
      {A: header(srow_x=[1.4, 0, 0, 0])}),
     ("predict", "out/scores.csv was there before: it is not of these masks", {"out/scores.csv": b""}),
+    ("train --crop 5, train --crop 3", "--crop; the organ reaches the border of what is left of a, b, c",
+     dict.fromkeys(LABELS, MASK[::-1])),
     ("predict", "x_0001: if these are second channels of a patient; leave them out", rename("x_0000", "x_0001")),
     ("train --resume", "out: holds no last.pt to go on from; the run begins anew", {"out/log.csv": b""}),
     ("predict", "imagesTr/a.nii.gz; not at right angles; mm and ml", {A: header(srow_x=[1, 0.5, 0, 0])}),

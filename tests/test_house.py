@@ -24,9 +24,9 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (500, set()),
-    "predict": (244, {"data", "metrics", "unet"}),
-    "train": (621, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "data": (507, set()),
+    "predict": (252, {"data", "metrics", "unet"}),
+    "train": (622, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (321, {"data", "predict"}),
     "phantom": (140, set()),
 }

@@ -108,18 +108,20 @@ def test_scores_a_bar_and_a_note_where_scans_were_trained_on(job, truth, tmp_pat
     assert "note: 1 of the 2 scans that the run kept are here" in terminal.getvalue()
 
 
-def test_a_mask_that_was_corrected_by_hand_is_not_replaced(job, tmp_path, capsys):
-    """A program that keeps the header made it pass for ours."""
-    path = tmp_path / "out" / "kept.nii.gz"
+def test_a_mask_that_was_corrected_by_hand_or_is_of_another_patient_is_not_replaced(job, tmp_path, capsys):
+    """A program that keeps the header made it pass for ours; and scans of two patients may have one name."""
+    scan, path = tmp_path / "scans" / "kept.nii.gz", tmp_path / "out" / "kept.nii.gz"
     for _ in range(2):
         assert predict.main(job()) == 0
     mask = nib.load(path)
-    corrected = np.asarray(mask.dataobj).copy()
-    corrected[0, 0, 0] = 1
-    nib.save(nib.Nifti1Image(corrected, mask.affine, mask.header), path)
-    before = path.read_bytes()
-    assert predict.main(job()) == 2 and "did not write it so; choose another --out" in capsys.readouterr().err
-    assert path.read_bytes() == before
+    for edited, output in ((mask, path), (nib.load(scan), scan)):
+        before, voxels = output.read_bytes(), np.asarray(edited.dataobj).copy()
+        voxels[0, 0, 0] = 1
+        nib.save(nib.Nifti1Image(voxels, edited.affine, edited.header), output)
+        there = path.read_bytes()
+        assert predict.main(job()) == 2 and f"did not write it so of {scan}" in capsys.readouterr().err
+        assert path.read_bytes() == there
+        output.write_bytes(before)
 
 
 @pytest.mark.parametrize("below", [0.0, 1.1, np.nan])

@@ -193,8 +193,10 @@ def test_seed_decides_and_workers_do_not(quick, tmp_path):
 def test_it_overfits_one_scan(quick, capsys):
     """If one scan cannot be learnt by heart, nothing else can be. It is not held out, and no command says so."""
     changes = "--steps 7 --overfit 1 --fold all --epochs 32 --width 8 --batch-size 2 --lr 1e-2 --label 1"
-    first, *_, last = run(*quick, *changes.split())["log"]
+    result = run(*quick, *changes.split())
+    first, *_, last = result["log"]
     assert last["val/dice"] > 0.8 and last["train/loss"] < 0.4 * first["train/loss"]
+    assert result["split"] == {"train": ["la_000"], "val": []}  # predict.py said that it had learnt the others, too
     shown = capsys.readouterr().out
     assert "\nla_000 " in shown and "predict.py" in shown and "--held-out" not in shown
     assert ".html --label 1\n" in shown  # else the movie would score all labels
