@@ -205,12 +205,19 @@ def find_pairs(root: str | Path) -> list[Pair]:
 
 
 def checksums(pairs: Sequence[Pair]) -> dict[str, list[int]]:
-    """CRC-32 of each scan and its label. Warns of copies: a patient who is there twice is on both sides of a split."""
+    """CRC-32 of each scan and its label. Warns of a patient who seems to be there twice, on both sides of a split: of
+    copies, and of names that are alike up to the end of their first number (patient001_frame01, patient001_frame12)."""
     sums = {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
     counts = Counter(itertools.chain(*sums.values()))
     if copies := [name for name, both in sums.items() if max(counts[crc] for crc in both) > 1]:
         warnings.warn(f"scans or labels that are copies of one another: {listed(copies)}; of a patient who is there "
                       "twice keep one scan, or no score is sound", stacklevel=2)
+    patients = {name: re.match(r"\D*\d*", name)[0] for name in sums}
+    scans = Counter(patients.values())
+    several = [name for name, patient in patients.items() if scans[patient] > 1]
+    if several and len(sums) <= 10 * len(scans):  # else that number is of a scanner, say, or a hospital
+        warnings.warn(f"by their names, patients with several scans: {listed(several)}; if so, keep one scan of each, "
+                      "or no score is sound", stacklevel=2)
     return sums
 
 

@@ -228,6 +228,7 @@ NOTED = [  # the commands that meet it; pieces of the note; what is planted
     (SETS, "set/imagesTr: 15 left out; no NIfTI files: IM_01: DICOM; dcm2niix",
      {f"set/imagesTr/{name}": content for name, content in FOREIGN.items()} | {"set/imagesTr/x": {}}),
     ("train, data", "copies of one another: a, b;", dict.fromkeys(SCANS[:2], SOUND)),
+    ("train, data", "patients with several scans: p1_x, p1_y; keep one", rename("p1_x", "p1_y", "p2_x")),
     ("data", "copies of one another: b, c;", dict.fromkeys(LABELS[1:], gzip.compress(image(MASK).to_bytes()))),
 ]
 TAKEN = [  # the commands; what it is; what is planted

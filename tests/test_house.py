@@ -24,7 +24,7 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (507, set()),
+    "data": (513, set()),
     "predict": (252, {"data", "metrics", "unet"}),
     "train": (622, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (321, {"data", "predict"}),
