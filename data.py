@@ -76,6 +76,12 @@ def require(condition: bool, message: str) -> None:
         raise DataError(message)
 
 
+def note(condition: bool, message: str) -> None:
+    """Warn of what is allowed, but may not be meant, if the condition holds."""
+    if condition:
+        warnings.warn(message, stacklevel=3)
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 
@@ -146,8 +152,7 @@ def nifti_files(folder: Path) -> list[Path]:
         others = [f"{path.name}: {kind}" for path in paths if (kind := foreign(path))]
     first = [*others, *(path.name for path in paths), "nothing"][0]
     require(scans, f"{folder}: holds no .nii or .nii.gz file, but {first}")
-    if others:
-        warnings.warn(f"{folder}: {len(others)} left out, for they are no NIfTI files: {first}", stacklevel=2)
+    note(others, f"{folder}: {len(others)} left out, for they are no NIfTI files: {first}")
     return scans
 
 
@@ -208,9 +213,9 @@ def checksums(pairs: Sequence[Pair]) -> dict[str, list[int]]:
     """CRC-32 of each scan and its label. Warns of copies: a patient who is there twice is on both sides of a split."""
     sums = {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
     counts = Counter(itertools.chain(*sums.values()))
-    if copies := [name for name, both in sums.items() if max(counts[crc] for crc in both) > 1]:
-        warnings.warn(f"scans or labels that are copies of one another: {listed(copies)}; of a patient who is there "
-                      "twice keep one scan, or no score is sound", stacklevel=2)
+    copies = [name for name, both in sums.items() if max(counts[crc] for crc in both) > 1]
+    note(copies, f"scans or labels that are copies of one another: {listed(copies)}; of a patient who is there twice "
+         "keep one scan, or no score is sound")
     return sums
 
 
@@ -336,14 +341,14 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
         warnings.warn(f"{path}: {(~finite).sum()} voxels are NaN or infinite; set to the lowest other", stacklevel=2)
         voxels = np.where(finite, voxels, voxels[finite].min())
     check_range(float(voxels.min()), float(voxels.max()), path)  # before float32, which holds less
-    if not image.header["sform_code"] and not image.header["qform_code"]:
-        warnings.warn(f"{path}: its header gives no orientation; left and right are a guess", stacklevel=2)
+    placed = image.header["sform_code"] or image.header["qform_code"]
+    note(not placed, f"{path}: its header gives no orientation; left and right are a guess")
     told, taken = image.header.get_zooms()[:3], nib.affines.voxel_sizes(image.affine)
-    if not np.allclose(told, taken, rtol=0.01):  # after a registration, for instance
-        warnings.warn(f"{path}: its header says voxels of {listed(told, ' x ')} mm, its affine {listed(taken, ' x ')}; "
-                      "the affine is taken", stacklevel=2)
-    if np.linalg.cond(image.affine[:3, :3] / taken) > 1.05:  # 1 at right angles
-        warnings.warn(f"{path}: its axes are not at right angles; mm and ml are not exact", stacklevel=2)
+    other = not np.allclose(told, taken, rtol=0.01)  # after a registration, for instance
+    note(other, f"{path}: its header says voxels of {listed(told, ' x ')} mm, its affine {listed(taken, ' x ')}; the "
+         "affine is taken")
+    skew = np.linalg.cond(image.affine[:3, :3] / taken)  # 1 at right angles
+    note(skew > 1.05, f"{path}: its axes are not at right angles; mm and ml are not exact")
     spacing = np.array(patient_spacing(image))[list(PATIENT_AXES[axis])]
     return Scan(np.array(voxels, np.float32, order="C"), tuple(spacing.tolist()), image, axis)
 
@@ -366,8 +371,7 @@ def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) 
     """The foreground of a label file, uint8 (D, H, W) on the grid of its scan: see `read_label`."""
     mask, values = read_label(path, scan, label)
     note_labels({Path(path).name: values}, label)
-    if label and not mask.any():
-        warnings.warn(f"{path}: holds no voxel of label {' or '.join(map(str, label))}", stacklevel=2)
+    note(label and not mask.any(), f"{path}: holds no voxel of label {listed(label or [], ' or ')}")
     return mask
 
 
@@ -394,8 +398,7 @@ def read_label(path: str | Path, scan: Scan, label: Sequence[int] | None = None)
     shape, off = scan.source.shape[:3], float(np.abs(affine - goal).max())
     require(array.shape == shape, f"{path}: shape is {array.shape}, its scan's is {shape}; they must be equal")
     require(off <= 1e-3, f"{path}: the affine differs from its scan's by {off:.3g} mm; resample the label to the scan")
-    if off:
-        warnings.warn(f"{path}: the affine differs from its scan's by {off:.1e} mm; the scan's is used", stacklevel=2)
+    note(off > 0, f"{path}: the affine differs from its scan's by {off:.1e} mm; the scan's is used")
     values = np.unique(array)
     with np.errstate(invalid="ignore"):  # inf - inf is nan, which passes no comparison
         rounding = float(np.abs(values - np.rint(values)).max())
@@ -430,16 +433,15 @@ def read_pair(pair: Pair, axis: int, label: Sequence[int] | None) -> tuple[Scan,
 def note_labels(values: dict[str, Sequence[float]], label: Sequence[int] | None) -> None:
     """Warn of what is allowed, but may be a wrong `label`; `values`: what the label file of each scan holds, but 0."""
     found = set(itertools.chain(*values.values()))
-    if not label and len(found) > 1:
-        warnings.warn(f"labels hold the values {listed(sorted(found))}: taken for one organ; --label chooses",
-                      stacklevel=2)
-    nowhere = [value for value in label or [] if value not in found]
-    if nowhere and found.intersection(label):
-        warnings.warn(f"--label {' '.join(map(str, label))}: {listed(nowhere)} is in no label file", stacklevel=2)
+    label = label or []
+    note(not label and len(found) > 1, f"labels hold the values {listed(sorted(found))}: taken for one organ; --label "
+         "chooses")
+    nowhere = [value for value in label if value not in found]
+    note(nowhere and found.intersection(label), f"--label {listed(label, ' ')}: {listed(nowhere)} is in no label file")
     absent = [name for name, held in values.items() if not set(held).intersection(label or held)]
-    if 0 < len(absent) < len(values):
-        organ = f"label {' or '.join(map(str, label))}" if label else "any label"
-        warnings.warn(f"{len(absent)} of {len(values)} scans hold no voxel of {organ}: {listed(absent)}", stacklevel=2)
+    organ = f"label {listed(label, ' or ')}" if label else "any label"
+    note(0 < len(absent) < len(values), f"{len(absent)} of {len(values)} scans hold no voxel of {organ}: "
+         f"{listed(absent)}")
 
 
 # --------------------------------------------------------------------------------------------------------- preprocess

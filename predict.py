@@ -21,7 +21,6 @@ import itertools
 import math
 import re
 import sys
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-from data import DataError, Scan, crop_or_pad, require
+from data import DataError, Scan, crop_or_pad, note, require
 from metrics import score
 from unet import UNet
 
@@ -219,13 +218,13 @@ def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
 def find_scans(paths: Sequence[str], labelled: bool = False, known: Sequence[str] = ()) -> dict[str, Path]:
     """Scans of files and folders, by name, see `data.by_name`. Of a data set's root, those to predict, or those that
     have labels."""
-    folders = ("imagesTr", "images", "") if labelled else ("imagesTs", "images", "imagesTr", "")
+    folders = ("imagesTr", "images") if labelled else ("imagesTs", "images", "imagesTr")
     files: list[Path] = []
     for path in map(Path, paths):
-        folder = next((path / name for name in folders if (path / name).is_dir()), None)
-        if folder and folder != path and any(file.name.lower().endswith(data.NIFTI) for file in path.iterdir()):
-            warnings.warn(f"{path}: its own scans are left out, those of {folder.name}/ are taken", stacklevel=2)
-        files += data.nifti_files(folder) if folder else [path]
+        folder = next((path / name for name in folders if (path / name).is_dir()), path)
+        own = folder != path and any(file.name.lower().endswith(data.NIFTI) for file in path.iterdir())
+        note(own, f"{path}: its own scans are left out, those of {folder.name}/ are taken")
+        files += data.nifti_files(folder) if folder.is_dir() else [path]
     return data.by_name(files, known)
 
 
@@ -275,8 +274,8 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     if args.held_out:  # by name
         scans = {name: path for name, path in scans.items() if name in split["val"]}
         require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
-        if len(scans) < len(split["val"]):
-            warnings.warn(f"{len(scans)} of the {len(split['val'])} scans that the run kept are here", stacklevel=2)
+        kept = len(split["val"])
+        note(len(scans) < kept, f"{len(scans)} of the {kept} scans that the run kept are here")
     labels = data.by_name(data.nifti_files(Path(args.labels)), known) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
@@ -284,12 +283,11 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
         labels = {name: labels[name] for name in scans}
         sums = {scan for name, (scan, *_) in checkpoint["files"].items() if name in split["train"]}
         seen = [name for name, path in scans.items() if name in split["train"] or zlib.crc32(path.read_bytes()) in sums]
-        if seen:
-            warnings.warn(f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
-                          f"{data.listed(seen)}; scores on them say nothing about new scans", stacklevel=2)
-    elif channels := [name for name in scans if name.endswith("_0001") and f"{name[:-4]}0000" in scans]:
-        warnings.warn(f"{data.listed(channels)}: if these are second channels of a patient, as nnU-Net numbers them, "
-                      "leave them out", stacklevel=2)
+        note(seen, f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
+             f"{data.listed(seen)}; scores on them say nothing about new scans")
+    channels = [name for name in scans if name.endswith("_0001") and f"{name[:-4]}0000" in scans]
+    note(channels and not labels, f"{data.listed(channels)}: if these are second channels of a patient, as nnU-Net "
+         "numbers them, leave them out")
     masks = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
     both = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in masks.values()}
@@ -301,10 +299,9 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
         ours = image.header["descrip"] == description(data.read_voxels(image, path))
         require(ours, f"{path}: was there before, and predict.py did not write it so; choose another --out")
     others = sorted({path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in masks.values()})
-    if others:
-        warnings.warn(f"{args.out} holds masks that were there before: {data.listed(others)}", stacklevel=2)
-    if Path(args.out, "scores.csv").exists() and not labels:
-        warnings.warn(f"{args.out}/scores.csv was there before: it is not of these masks", stacklevel=2)
+    note(others, f"{args.out} holds masks that were there before: {data.listed(others)}")
+    old = not labels and Path(args.out, "scores.csv").exists()
+    note(old, f"{args.out}/scores.csv was there before: it is not of these masks")
     return scans, labels, masks
 
 
