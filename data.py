@@ -107,14 +107,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a temporary file beside `path`, then rename it: a reader sees the old file or the new one, whole."""
     with one_line(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary = path.with_name(f".{path.name[:50]}-{os.urandom(8).hex()}.tmp")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
