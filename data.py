@@ -583,8 +583,6 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
 
 def cpu_count() -> int:
     """Cores that this process may use: fewer than there are under taskset, in a container, in a job of a cluster."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
