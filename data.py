@@ -360,9 +360,8 @@ def check_range(low: float, high: float, name: str | Path) -> None:
 def patient_spacing(image: nib.Nifti1Image) -> list[float]:
     """Spacing in mm along the patient's axes: left-right, posterior-anterior, inferior-superior; of an oblique scan
     along those that are closest."""
-    spacing = np.zeros(3)
-    spacing[io_orientation(image.affine)[:, 0].astype(int)] = nib.affines.voxel_sizes(image.affine)
-    return spacing.round(6).tolist()  # 6 digits: what float32 headers hold
+    order = np.argsort(io_orientation(image.affine)[:, 0])  # for each axis of the patient, the file's
+    return nib.affines.voxel_sizes(image.affine)[order].round(6).tolist()  # 6 digits: what float32 headers hold
 
 
 def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) -> np.ndarray:
