@@ -24,7 +24,6 @@ import csv
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -210,7 +209,7 @@ def find_pairs(root: str | Path) -> list[Pair]:
 def checksums(pairs: Sequence[Pair]) -> dict[str, list[int]]:
     """CRC-32 of each scan and its label. Warns of copies: a patient who is there twice is on both sides of a split."""
     sums = {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
-    counts = Counter(itertools.chain(*sums.values()))
+    counts = Counter(crc for both in sums.values() for crc in both)
     copies = [name for name, both in sums.items() if max(counts[crc] for crc in both) > 1]
     note(copies, f"scans or labels that are copies of one another: {listed(copies)}; of a patient who is there twice "
          "keep one scan, or no score is sound")
@@ -429,8 +428,7 @@ def read_pair(pair: Pair, axis: int, label: Sequence[int] | None) -> tuple[Scan,
 
 def note_labels(values: dict[str, Sequence[float]], label: Sequence[int] | None) -> None:
     """Warn of what is allowed, but may be a wrong `label`; `values`: what the label file of each scan holds, but 0."""
-    found = set(itertools.chain(*values.values()))
-    label = label or []
+    label, found = label or [], set().union(*values.values())
     note(not label and len(found) > 1, f"labels hold the values {listed(sorted(found))}: taken for one organ; --label "
          "chooses")
     nowhere = [value for value in label if value not in found]
