@@ -792,24 +792,22 @@ def slice_axis(spacing: Sequence[float]) -> int:
 def check(root: str | Path, label: Sequence[int] | None = None) -> None:
     """Print what is in a data set, a line for each scan. Raises DataError with a line for each problem."""
     pairs, problems = match_files(root)
-    sound, absent, found = [], [], {}
+    found = {}
     for pair in pairs:
         try:
-            scan, mask, found[pair.name] = read_pair(pair, 2, label)
+            scan, mask, found[pair] = read_pair(pair, 2, label)
         except DataError as error:
             problems.append(str(error))
             continue
-        sound.append(pair)
-        if not mask.any():
-            absent.append(pair)
         low, high, axes = scan.array.min(), scan.array.max(), "".join(nib.aff2axcodes(scan.source.affine))
         print(f"{printable(pair.name):20} {listed(mask.shape, ' x '):>15} voxels of {listed(scan.spacing, ' x '):>21} "
               f"mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, foreground {mask.mean():.2%}", flush=True)
-    checksums(sound)
-    if not label or len(absent) == len(sound):
+    checksums(list(found))
+    absent = [pair for pair, values in found.items() if not set(values).intersection(label or values)]
+    if not label or len(absent) == len(found):
         problems += [f"{pair.label}: no voxel is foreground; check --label, or remove the scan" for pair in absent]
-        found = {name: values for name, values in found.items() if values}  # the others are problems already
-    note_labels(found, label)
+    # Where no value was chosen, a label without any is a problem already.
+    note_labels({pair.name: values for pair, values in found.items() if values or label}, label)
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
     if problems:
         raise DataError(*problems)
