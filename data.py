@@ -399,13 +399,12 @@ def read_label(path: str | Path, scan: Scan, label: Sequence[int] | None = None)
     with np.errstate(invalid="ignore"):  # inf - inf is nan, which passes no comparison
         rounding = float(np.abs(values - np.rint(values)).max())
     found, count = f"{path}: values are {listed(values)}", len(np.unique(np.rint(values)))
-    shares = rounding > 0.01 and values[0] >= 0 and values[-1] <= 1
-    require(not shares, f"{found}, between 0 and 1: a probability map; threshold it")
     if count > 32:  # an atlas of many organs, where most voxels are as their neighbour; or a scan, where they are not
-        organs = array[1:] > 0
-        atlas = 2 * (organs & (array[1:] == array[:-1])).sum() > organs.sum()
-        require(label and atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
-    require(rounding <= 0.01 and values[0] > -0.5, f"{found}; expected whole numbers from 0 (0 is background)")
+        alike = (array[1:] == array[:-1])[array[1:] > 0]
+        atlas = label and 2 * alike.sum() > alike.size
+        require(atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
+    require(rounding <= 0.01 and values[0] > -0.5, f"{found}; expected whole numbers from 0 (0 is background); all "
+            "between 0 and 1: a probability map; threshold it")
     if rounding:
         warnings.warn(f"{found}; rounded to whole numbers", stacklevel=2)
         array = np.rint(array)
