@@ -263,10 +263,10 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
     require(not kind, f"{path}: {kind}")
     try:
         image, on_disk = nib.load(path), os.stat(path).st_size
-        if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
-            raise TypeError(f"it is a {type(image).__name__}")
     except Exception as error:  # a damaged header makes nibabel raise anything, from its own errors to OverflowError
         raise DataError(f"{path}: not a readable NIfTI file ({first_line(error)}); export it again") from None
+    # Nifti2Image is one, too.
+    require(isinstance(image, nib.Nifti1Image), f"{path}: it is a {type(image).__name__}; export it as NIfTI")
     shape, dtype = image.shape, image.get_data_dtype()
     require(len(shape) >= 3 and set(shape[3:]) <= {1}, f"{path}: shape is {shape}; expected one volume of three axes")
     require(dtype.kind in "iuf", f"{path}: voxels are {dtype}; expected integers or floats")
@@ -276,9 +276,8 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
     require(fits, f"{path}: its header claims {claimed:,} bytes, it has {on_disk:,}; copy it again")
     # The singular values of axes at right angles are their spacings; one is 0 where the axes lie in a plane.
     spacing = np.linalg.svd(np.nan_to_num(image.affine[:3, :3], nan=1e6).clip(-1e6, 1e6), compute_uv=False)
-    usual = spacing.min() >= 0.05 and spacing.max() <= 20
-    require(usual, f"{path}: a voxel is {listed(spacing, ' x ')} mm, expected 0.05 to 20; correct the affine (metres? "
-            "microns? two axes alike?)")
+    require(spacing.min() >= 0.05 and spacing.max() <= 20, f"{path}: a voxel is {listed(spacing, ' x ')} mm, expected "
+            "0.05 to 20; correct the affine (metres? microns? two axes alike?)")
     return image
 
 
