@@ -43,7 +43,6 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -445,7 +444,7 @@ def resize(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     if array.shape == tuple(shape):
         return array
     voxels = torch.from_numpy(np.ascontiguousarray(array, np.float32))[None, None]
-    voxels = F.interpolate(voxels, size=tuple(shape), mode="trilinear", align_corners=False)[0, 0].numpy()
+    voxels = torch.nn.functional.interpolate(voxels, tuple(shape), mode="trilinear", align_corners=False).numpy()[0, 0]
     # Nearest neighbour would shift a mask that is halved by half a fine voxel.
     return np.uint8(voxels > 0.5) if array.dtype == np.uint8 else voxels
 
