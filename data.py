@@ -559,15 +559,14 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
     if folder.is_dir():
         return CachedScan(pair.name, folder)
     scan, truth, values = read_pair(pair, how["axis"], how["label"])
-    image = preprocess(scan.array, scan.spacing, how, pair.image)
-    mask = preprocess(truth, scan.spacing, how, pair.image)
+    arrays = {"image": preprocess(scan.array, scan.spacing, how, pair.image), "truth": truth, "values": values,
+              "mask": preprocess(truth, scan.spacing, how, pair.image), "spacing": scan.spacing}
     with one_line(folder):
         cache_folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cache_folder, prefix=".") as temporary:
             whole = Path(temporary, "scan")
             whole.mkdir()
-            for kind, array in (("image", image), ("mask", mask), ("truth", truth), ("spacing", scan.spacing),
-                                ("values", values)):
+            for kind, array in arrays.items():
                 np.save(whole / f"{kind}.npy", array)
             with contextlib.suppress(OSError):  # another run was faster
                 whole.rename(folder)
