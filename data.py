@@ -814,14 +814,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def note_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """One line where a thread, TensorBoard's for instance, cannot write a file; what used it raises an error, too."""
-    if isinstance(failure.exc_value, OSError):
-        print(f"note: {failure.exc_value}", file=sys.stderr)
-    else:
-        threading.__excepthook__(failure)
-
-
 def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
     """Call `function(*args)` for a command line, and return the exit code: 0, 2 for a DataError, 130 for Ctrl-C.
 
@@ -829,7 +821,8 @@ def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
     """
     script = Path(function.__code__.co_filename).name
     warnings.showwarning = lambda message, *_: print(f"note: {printable(str(message))}", file=sys.stderr)
-    threading.excepthook = note_of_thread
+    # Of a thread, TensorBoard's when the disk is full, one line, too: what used it raises the error once more.
+    threading.excepthook = lambda failure: warnings.warn(repr(failure.exc_value), stacklevel=2)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")
