@@ -16,6 +16,7 @@ OpenCV.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gzip
 import itertools
 import math
@@ -74,14 +75,10 @@ def keep_freed_memory() -> None:
     Activations of 10s of MB are otherwise mapped, zeroed page by page and unmapped in every step.
     Does nothing on other systems, and nothing for a GPU, where PyTorch does the same by itself.
     """
-    if sys.platform == "linux":
-        import ctypes
-
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
-        if mallopt:
-            M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # absent in musl
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- prediction
