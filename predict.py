@@ -90,17 +90,16 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         DataError: no file, no checkpoint of this project, or one of another version.
     """
+    with data.one_line(path):  # no permission, for instance
+        require(Path(path).exists(), f"{path}: no such file; give the last.pt or best.pt of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not {"version", "model", "network", "preprocess", "split", "files", "doubt_below"} <= checkpoint.keys():
             raise KeyError
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
-        reason = "damaged, or no checkpoint of train.py"
-        if isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        elif code := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"holds code, {code[1]}, which was not run: no checkpoint of train.py"
-        raise DataError(f"{path}: {reason}; give the last.pt or best.pt of a run") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"holds code, {code[1]}, which was not run:" if code else "damaged, or"
+        raise DataError(f"{path}: {found} no checkpoint of train.py; give the last.pt or best.pt of a run") from None
     version = checkpoint["version"]
     require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew, or take "
             "the project as it was then")
