@@ -265,20 +265,20 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     Raises:
         DataError: a file that is missing or damaged, or a mask that would overwrite what predict.py did not write.
     """
-    split, known = checkpoint["split"], [*checkpoint["split"]["train"], *checkpoint["split"]["val"]]
+    trained, kept = checkpoint["split"]["train"], checkpoint["split"]["val"]
+    known = [*trained, *kept]
     scans = find_scans(args.scans, bool(args.labels or args.held_out), known)
     if args.held_out:  # by name
-        scans = {name: path for name, path in scans.items() if name in split["val"]}
-        require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
-        kept = len(split["val"])
-        note(len(scans) < kept, f"{len(scans)} of the {kept} scans that the run kept are here")
+        scans = {name: path for name, path in scans.items() if name in kept}
+        require(scans, f"--held-out: the scans that the run kept are {', '.join(kept) or 'none'}; none is here")
+        note(len(scans) < len(kept), f"{len(scans)} of the {len(kept)} scans that the run kept are here")
     labels = data.by_name(data.nifti_files(Path(args.labels)), known) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
     if labels:  # of these scans alone; trained on, by name, and by content: scans may have been numbered anew
         labels = {name: labels[name] for name in scans}
-        sums = {scan for name, (scan, *_) in checkpoint["files"].items() if name in split["train"]}
-        seen = [name for name, path in scans.items() if name in split["train"] or zlib.crc32(path.read_bytes()) in sums]
+        sums = {scan for name, (scan, *_) in checkpoint["files"].items() if name in trained}
+        seen = [name for name, path in scans.items() if name in trained or zlib.crc32(path.read_bytes()) in sums]
         note(seen, f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
              f"{data.listed(seen)}; scores on them say nothing about new scans")
     channels = [name for name in scans if name.endswith("_0001") and f"{name[:-4]}0000" in scans]
