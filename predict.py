@@ -153,12 +153,11 @@ def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None 
     return crop_or_pad(probability, volume.shape)
 
 
-def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndarray, size: Sequence[int],
-                   overlap: float = 0.5) -> np.ndarray:
+def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Move a window of `size` over a volume (D, H, W), and average what `function` makes of it, in the same shape.
 
     The windows go through `function` in pairs: alone, a small one in 3D would not get a CPU's fast convolutions.
-    Neighbouring windows share at least `overlap` of their length. Each counts with a Gaussian about its centre, of
+    Neighbouring windows share at least half of their length. Each counts with a Gaussian about its centre, of
     deviation `size / 8`: a network knows least at the border of what it sees (Isensee et al. 2021).
     """
     if volume.shape == tuple(size):
@@ -166,9 +165,8 @@ def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndar
     total, weight = np.zeros((2, *volume.shape), np.float32)
     axes = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in size]
     gaussian = np.einsum("d,h,w->dhw", *axes).astype(np.float32).clip(1e-6)  # no voxel of weight 0
-    steps = [math.ceil((n - w) / (w * (1 - overlap))) for n, w in zip(volume.shape, size, strict=True)]
-    starts = [np.linspace(0, n - w, k + 1).round().astype(int)
-              for n, w, k in zip(volume.shape, size, steps, strict=True)]
+    starts = [np.linspace(0, n - w, 1 + math.ceil((n - w) / (w / 2))).round().astype(int)
+              for n, w in zip(volume.shape, size, strict=True)]
     windows = [tuple(map(slice, start, np.add(start, size))) for start in itertools.product(*starts)]
     for pair in (windows[i : i + 2] for i in range(0, len(windows), 2)):
         for window, values in zip(pair, function(np.stack([volume[window] for window in pair])), strict=True):
