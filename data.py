@@ -33,7 +33,7 @@ import threading
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -152,7 +152,7 @@ def nifti_files(folder: Path) -> list[Path]:
     return scans
 
 
-def by_name(paths: Sequence[Path], known: Sequence[str] = ()) -> dict[str, Path]:
+def by_name(paths: Sequence[Path], known: Collection[str] = ()) -> dict[str, Path]:
     """Files by scan name: without `.nii.gz`, and without `_0000`, nnU-Net's number of the channel, if all end so and
     none is `known` by its whole name.
 

@@ -23,7 +23,7 @@ import math
 import re
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +209,7 @@ def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def find_scans(paths: Sequence[str], labelled: bool = False, known: Sequence[str] = ()) -> dict[str, Path]:
+def find_scans(paths: Sequence[str], labelled: bool = False, known: Collection[str] = ()) -> dict[str, Path]:
     """Scans of files and folders, by name, see `data.by_name`. Of a data set's root, those to predict, or those that
     have labels."""
     folders = ("imagesTr", "images") if labelled else ("imagesTs", "images", "imagesTr")
@@ -263,8 +263,7 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     Raises:
         DataError: a file that is missing or damaged, or a mask that would overwrite what predict.py did not write.
     """
-    trained, kept = checkpoint["split"]["train"], checkpoint["split"]["val"]
-    known = [*trained, *kept]
+    trained, kept, known = checkpoint["split"]["train"], checkpoint["split"]["val"], checkpoint["files"]
     scans = find_scans(args.scans, bool(args.labels or args.held_out), known)
     if args.held_out:  # by name
         scans = {name: path for name, path in scans.items() if name in kept}
@@ -275,7 +274,7 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
     if labels:  # of these scans alone; trained on, by name, and by content: scans may have been numbered anew
         labels = {name: labels[name] for name in scans}
-        sums = {scan for name, (scan, *_) in checkpoint["files"].items() if name in trained}
+        sums = {scan for name, (scan, *_) in known.items() if name in trained}
         seen = [name for name, path in scans.items() if name in trained or zlib.crc32(path.read_bytes()) in sums]
         note(seen, f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
              f"{data.listed(seen)}; scores on them say nothing about new scans")
