@@ -100,9 +100,8 @@ def load_checkpoint(path: str | Path) -> dict:
         code = re.search(r"GLOBAL (\S+)", str(error))
         found = f"holds code, {code[1]}, which was not run:" if code else "damaged, or"
         raise DataError(f"{path}: {found} no checkpoint of train.py; give the last.pt or best.pt of a run") from None
-    version = checkpoint["version"]
-    require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew, or take "
-            "the project as it was then")
+    require(checkpoint["version"] == VERSION, f"{path}: checkpoint version is {checkpoint['version']}, expected "
+            f"{VERSION}; train it anew, or take the project as it was then")
     return checkpoint
 
 
@@ -114,8 +113,7 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str
         # Copies: else all networks of a checkpoint would share its tensors.
         net.load_state_dict({name: tensor.clone() for name, tensor in checkpoint["model"].items()}, assign=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        why = data.first_line(error)
-        raise DataError(f"{path}: its weights do not fit its network ({why}); train it anew") from None
+        raise DataError(f"{path}: weights do not fit the network ({data.first_line(error)}); train it anew") from None
     return net.to(device, torch.float32, memory_format=net.memory_format).eval()
 
 
