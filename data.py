@@ -32,7 +32,6 @@ import sys
 import threading
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
@@ -208,8 +207,8 @@ def find_pairs(root: str | Path) -> list[Pair]:
 def checksums(pairs: Sequence[Pair]) -> dict[str, list[int]]:
     """CRC-32 of each scan and its label. Warns of copies: a patient who is there twice is on both sides of a split."""
     sums = {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
-    counts = Counter(crc for both in sums.values() for crc in both)
-    copies = [name for name, both in sums.items() if max(counts[crc] for crc in both) > 1]
+    found, counts = np.unique(list(sums.values()), return_counts=True)
+    copies = [name for name, both in sums.items() if np.isin(both, found[counts > 1]).any()]
     note(copies, f"scans or labels that are copies of one another: {listed(copies)}; of a patient who is there twice "
          "keep one scan, or no score is sound")
     return sums
