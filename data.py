@@ -395,20 +395,19 @@ def read_label(path: str | Path, scan: Scan, label: Sequence[int] | None = None)
     values = np.unique(array)
     with np.errstate(invalid="ignore"):  # inf - inf is nan, which passes no comparison
         rounding = float(np.abs(values - np.rint(values)).max())
-    found, count = f"{path}: values are {listed(values)}", len(np.unique(np.rint(values)))
-    if count > 32:  # an atlas of many organs, where most voxels are as their neighbour; or a scan, where they are not
+    found, whole = f"{path}: values are {listed(values)}", np.unique(np.rint(values))
+    if len(whole) > 32:  # an atlas, where most voxels of organs are as their neighbour; or a scan, where they are not
         alike = (array[1:] == array[:-1])[array[1:] > 0]
         atlas = label and 2 * alike.sum() > alike.size
-        require(atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
-    require(rounding <= 0.01 and values[0] > -0.5, f"{found}; expected whole numbers from 0 (0 is background); all "
+        require(atlas, f"{path}: {len(whole)} different values: this is no mask (of an atlas: give --label)")
+    require(rounding <= 0.01 and whole[0] >= 0, f"{found}; expected whole numbers from 0 (0 is background); all "
             "between 0 and 1: a probability map; threshold it")
-    if rounding:
-        warnings.warn(f"{found}; rounded to whole numbers", stacklevel=2)
-        array = np.rint(array)
+    note(rounding > 0, f"{found}; rounded to whole numbers")
+    array = np.rint(array) if rounding else array
     foreground = np.isin(array, list(label)) if label else array > 0
     # The scan's affine, not the label's own: at 45 degrees a last digit decides which axis is the closest.
     mask = np.ascontiguousarray(upright(foreground, goal, scan.axis), dtype=np.uint8)
-    return mask, np.unique(np.rint(values[values > 0.5])).tolist()
+    return mask, whole[whole > 0].tolist()
 
 
 def read_pair(pair: Pair, axis: int, label: Sequence[int] | None) -> tuple[Scan, np.ndarray, list[float]]:
