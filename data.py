@@ -470,12 +470,11 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
         ValueError: an array of other axes or another dtype, a mask of several labels, or an unknown way to normalise.
         DataError: a scan of one value, of NaN, or one that is not larger than the crop.
     """
-    if array.dtype == np.uint8 and array.max(initial=0) > 1:
-        raise ValueError(f"{name}: values to {array.max()}; a mask is 0 or 1: take one organ at a time")
-    sound = array.ndim == 3 and array.dtype in (np.float32, np.uint8)
+    high = array.max(initial=0)
+    sound = array.ndim == 3 and (array.dtype == np.float32 or array.dtype == np.uint8 and high <= 1)
     if not sound or how["normalise"] not in ("zscore", "percentile", "minmax"):
         raise ValueError(f"{name}: {array.dtype} {array.shape}, {how['normalise']}; expected (D, H, W) of float32, or "
-                         "of uint8, a mask; zscore, percentile or minmax")
+                         f"of uint8 (values to {high}; a mask is 0 or 1); zscore, percentile or minmax")
     factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
     # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales of H and W.
     if any(abs(factor - 1) > 0.15 for factor in factors):
