@@ -139,12 +139,11 @@ def nifti_files(folder: Path) -> list[Path]:
     Scans in other formats, and folders, are left out with a warning: how many, the first, and what converts it.
 
     Raises:
-        DataError: a folder that cannot be read, or holds no such file.
+        DataError: a folder that holds no such file.
     """
-    with one_line(folder):
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        scans = [path for path in paths if path.name.lower().endswith(NIFTI)]
-        others = [f"{path.name}: {kind}" for path in paths if (kind := foreign(path))]
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    scans = [path for path in paths if path.name.lower().endswith(NIFTI)]
+    others = [f"{path.name}: {kind}" for path in paths if (kind := foreign(path))]
     first = [*others, *(path.name for path in paths), "nothing"][0]
     require(scans, f"{folder}: holds no .nii or .nii.gz file, but {first}")
     note(others, f"{folder}: {len(others)} left out, for they are no NIfTI files: {first}")
@@ -540,8 +539,7 @@ def fingerprint(path: Path) -> list:
 
     Programs that copy or unpack set the first time to what they like; the second is the system's own.
     """
-    with one_line(path):
-        status = path.stat()
+    status = path.stat()
     return [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -824,7 +822,8 @@ def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")
     try:
-        function(*args)
+        with one_line("the operating system"):
+            function(*args)
     except DataError as error:
         for line in error.args:
             print(f"{script}: {printable(line)}", file=sys.stderr)

@@ -90,8 +90,7 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         DataError: no file, no checkpoint of this project, or one of another version.
     """
-    with data.one_line(path):  # no permission, for instance
-        require(Path(path).exists(), f"{path}: no such file; give the last.pt or best.pt of a run")
+    require(Path(path).exists(), f"{path}: no such file; give the last.pt or best.pt of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not {"version", "model", "network", "preprocess", "split", "files", "doubt_below"} <= checkpoint.keys():
