@@ -298,6 +298,7 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
 def predict(args: argparse.Namespace) -> list[dict]:
     """Predict every scan of `args.scans`; returns a row for each: name, mask, confidence, and its scores where there is
     a label."""
+    require(args.batch_size > 0, f"--batch-size {args.batch_size}: expected at least 1")
     device = pick_device(args.device)
     checkpoint, precision = load_checkpoint(args.checkpoint), pick_precision(args.precision, device)
     net, how = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"]
@@ -344,10 +345,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: a GPU where there is one)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="of the network's arithmetic (default: bf16 where the hardware has it)")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: expected at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
