@@ -24,7 +24,6 @@ import csv
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -34,7 +33,7 @@ import threading
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -44,7 +43,6 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -76,6 +74,12 @@ def require(condition: bool, message: str) -> None:
         raise DataError(message)
 
 
+def note(condition: bool, message: str) -> None:
+    """Warn of what is allowed, but may not be meant, if the condition holds."""
+    if condition:
+        warnings.warn(message, stacklevel=3)
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 
@@ -101,14 +105,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a temporary file beside `path`, then rename it: a reader sees the old file or the new one, whole."""
     with one_line(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary = path.with_name(f".{path.name[:50]}-{os.urandom(8).hex()}.tmp")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
@@ -138,20 +140,18 @@ def nifti_files(folder: Path) -> list[Path]:
     Scans in other formats, and folders, are left out with a warning: how many, the first, and what converts it.
 
     Raises:
-        DataError: a folder that cannot be read, or holds no such file.
+        DataError: a folder that holds no such file.
     """
-    with one_line(folder):
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        scans = [path for path in paths if path.name.lower().endswith(NIFTI)]
-        others = [f"{path.name}: {kind}" for path in paths if (kind := foreign(path))]
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    scans = [path for path in paths if path.name.lower().endswith(NIFTI)]
+    others = [f"{path.name}: {kind}" for path in paths if (kind := foreign(path))]
     first = [*others, *(path.name for path in paths), "nothing"][0]
     require(scans, f"{folder}: holds no .nii or .nii.gz file, but {first}")
-    if others:
-        warnings.warn(f"{folder}: {len(others)} left out, for they are no NIfTI files: {first}", stacklevel=2)
+    note(others, f"{folder}: {len(others)} left out, for they are no NIfTI files: {first}")
     return scans
 
 
-def by_name(paths: Sequence[Path], known: Sequence[str] = ()) -> dict[str, Path]:
+def by_name(paths: Sequence[Path], known: Collection[str] = ()) -> dict[str, Path]:
     """Files by scan name: without `.nii.gz`, and without `_0000`, nnU-Net's number of the channel, if all end so and
     none is `known` by its whole name.
 
@@ -208,16 +208,16 @@ def checksums(pairs: Sequence[Pair]) -> dict[str, list[int]]:
     """CRC-32 of each scan and its label. Warns of a patient who seems to be there twice, on both sides of a split: of
     copies, and of names that are alike up to the end of their first number (patient001_frame01, patient001_frame12)."""
     sums = {name: [zlib.crc32(path.read_bytes()) for path in paths] for name, *paths in pairs}
-    counts = Counter(itertools.chain(*sums.values()))
-    if copies := [name for name, both in sums.items() if max(counts[crc] for crc in both) > 1]:
-        warnings.warn(f"scans or labels that are copies of one another: {listed(copies)}; of a patient who is there "
-                      "twice keep one scan, or no score is sound", stacklevel=2)
+    counts = Counter(crc for both in sums.values() for crc in both)
+    copies = [name for name, both in sums.items() if max(counts[crc] for crc in both) > 1]
+    note(copies, f"scans or labels that are copies of one another: {listed(copies)}; of a patient who is there twice "
+         "keep one scan, or no score is sound")
     patients = {name: re.match(r"\D*\d*", name)[0] for name in sums}
     scans = Counter(patients.values())
     several = [name for name, patient in patients.items() if scans[patient] > 1]
-    if several and len(sums) <= 10 * len(scans):  # else that number is of a scanner, say, or a hospital
-        warnings.warn(f"by their names, patients with several scans: {listed(several)}; if so, keep one scan of each, "
-                      "or no score is sound", stacklevel=2)
+    few = len(sums) <= 10 * len(scans)  # else that number is of a scanner, say, or a hospital
+    note(several and few, f"by their names, patients with several scans: {listed(several)}; if so, keep one scan of "
+         "each, or no score is sound")
     return sums
 
 
@@ -268,10 +268,10 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
     require(not kind, f"{path}: {kind}")
     try:
         image, on_disk = nib.load(path), os.stat(path).st_size
-        if not isinstance(image, nib.Nifti1Image):  # Nifti2Image is one too
-            raise TypeError(f"it is a {type(image).__name__}")
     except Exception as error:  # a damaged header makes nibabel raise anything, from its own errors to OverflowError
         raise DataError(f"{path}: not a readable NIfTI file ({first_line(error)}); export it again") from None
+    # Nifti2Image is one, too.
+    require(isinstance(image, nib.Nifti1Image), f"{path}: it is a {type(image).__name__}; export it as NIfTI")
     shape, dtype = image.shape, image.get_data_dtype()
     require(len(shape) >= 3 and set(shape[3:]) <= {1}, f"{path}: shape is {shape}; expected one volume of three axes")
     require(dtype.kind in "iuf", f"{path}: voxels are {dtype}; expected integers or floats")
@@ -281,9 +281,8 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
     require(fits, f"{path}: its header claims {claimed:,} bytes, it has {on_disk:,}; copy it again")
     # The singular values of axes at right angles are their spacings; one is 0 where the axes lie in a plane.
     spacing = np.linalg.svd(np.nan_to_num(image.affine[:3, :3], nan=1e6).clip(-1e6, 1e6), compute_uv=False)
-    usual = spacing.min() >= 0.05 and spacing.max() <= 20
-    require(usual, f"{path}: a voxel is {listed(spacing, ' x ')} mm, expected 0.05 to 20; correct the affine (metres? "
-            "microns? two axes alike?)")
+    require(spacing.min() >= 0.05 and spacing.max() <= 20, f"{path}: a voxel is {listed(spacing, ' x ')} mm, expected "
+            "0.05 to 20; correct the affine (metres? microns? two axes alike?)")
     return image
 
 
@@ -343,14 +342,14 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
         warnings.warn(f"{path}: {(~finite).sum()} voxels are NaN or infinite; set to the lowest other", stacklevel=2)
         voxels = np.where(finite, voxels, voxels[finite].min())
     check_range(float(voxels.min()), float(voxels.max()), path)  # before float32, which holds less
-    if not image.header["sform_code"] and not image.header["qform_code"]:
-        warnings.warn(f"{path}: its header gives no orientation; left and right are a guess", stacklevel=2)
+    placed = image.header["sform_code"] or image.header["qform_code"]
+    note(not placed, f"{path}: its header gives no orientation; left and right are a guess")
     told, taken = image.header.get_zooms()[:3], nib.affines.voxel_sizes(image.affine)
-    if not np.allclose(told, taken, rtol=0.01):  # after a registration, for instance
-        warnings.warn(f"{path}: its header says voxels of {listed(told, ' x ')} mm, its affine {listed(taken, ' x ')}; "
-                      "the affine is taken", stacklevel=2)
-    if np.linalg.cond(image.affine[:3, :3] / taken) > 1.05:  # 1 at right angles
-        warnings.warn(f"{path}: its axes are not at right angles; mm and ml are not exact", stacklevel=2)
+    other = not np.allclose(told, taken, rtol=0.01)  # after a registration, for instance
+    note(other, f"{path}: its header says voxels of {listed(told, ' x ')} mm, its affine {listed(taken, ' x ')}; the "
+         "affine is taken")
+    skew = np.linalg.cond(image.affine[:3, :3] / taken)  # 1 at right angles
+    note(skew > 1.05, f"{path}: its axes are not at right angles; mm and ml are not exact")
     spacing = np.array(patient_spacing(image))[list(PATIENT_AXES[axis])]
     return Scan(np.array(voxels, np.float32, order="C"), tuple(spacing.tolist()), image, axis)
 
@@ -364,17 +363,15 @@ def check_range(low: float, high: float, name: str | Path) -> None:
 def patient_spacing(image: nib.Nifti1Image) -> list[float]:
     """Spacing in mm along the patient's axes: left-right, posterior-anterior, inferior-superior; of an oblique scan
     along those that are closest."""
-    spacing = np.zeros(3)
-    spacing[io_orientation(image.affine)[:, 0].astype(int)] = nib.affines.voxel_sizes(image.affine)
-    return spacing.round(6).tolist()  # 6 digits: what float32 headers hold
+    order = np.argsort(io_orientation(image.affine)[:, 0])  # for each axis of the patient, the file's
+    return nib.affines.voxel_sizes(image.affine)[order].round(6).tolist()  # 6 digits: what float32 headers hold
 
 
 def read_mask(path: str | Path, scan: Scan, label: Sequence[int] | None = None) -> np.ndarray:
     """The foreground of a label file, uint8 (D, H, W) on the grid of its scan: see `read_label`."""
     mask, values = read_label(path, scan, label)
     note_labels({Path(path).name: values}, label)
-    if label and not mask.any():
-        warnings.warn(f"{path}: holds no voxel of label {' or '.join(map(str, label))}", stacklevel=2)
+    note(label and not mask.any(), f"{path}: holds no voxel of label {listed(label or [], ' or ')}")
     return mask
 
 
@@ -401,26 +398,23 @@ def read_label(path: str | Path, scan: Scan, label: Sequence[int] | None = None)
     shape, off = scan.source.shape[:3], float(np.abs(affine - goal).max())
     require(array.shape == shape, f"{path}: shape is {array.shape}, its scan's is {shape}; they must be equal")
     require(off <= 1e-3, f"{path}: the affine differs from its scan's by {off:.3g} mm; resample the label to the scan")
-    if off:
-        warnings.warn(f"{path}: the affine differs from its scan's by {off:.1e} mm; the scan's is used", stacklevel=2)
+    note(off > 0, f"{path}: the affine differs from its scan's by {off:.1e} mm; the scan's is used")
     values = np.unique(array)
     with np.errstate(invalid="ignore"):  # inf - inf is nan, which passes no comparison
         rounding = float(np.abs(values - np.rint(values)).max())
-    found, count = f"{path}: values are {listed(values)}", len(np.unique(np.rint(values)))
-    shares = rounding > 0.01 and values[0] >= 0 and values[-1] <= 1
-    require(not shares, f"{found}, between 0 and 1: a probability map; threshold it")
-    if count > 32:  # an atlas of many organs, where most voxels are as their neighbour; or a scan, where they are not
-        organs = array[1:] > 0
-        atlas = 2 * (organs & (array[1:] == array[:-1])).sum() > organs.sum()
-        require(label and atlas, f"{path}: {count} different values: this is no mask (of an atlas: give --label)")
-    require(rounding <= 0.01 and values[0] > -0.5, f"{found}; expected whole numbers from 0 (0 is background)")
-    if rounding:
-        warnings.warn(f"{found}; rounded to whole numbers", stacklevel=2)
-        array = np.rint(array)
+    found, whole = f"{path}: values are {listed(values)}", np.unique(np.rint(values))
+    if len(whole) > 32:  # an atlas, where most voxels of organs are as their neighbour; or a scan, where they are not
+        alike = (array[1:] == array[:-1])[array[1:] > 0]
+        atlas = label and 2 * alike.sum() > alike.size
+        require(atlas, f"{path}: {len(whole)} different values: this is no mask (of an atlas: give --label)")
+    require(rounding <= 0.01 and whole[0] >= 0, f"{found}; expected whole numbers from 0 (0 is background); if "
+            "all lie between 0 and 1: a probability map; threshold it")
+    note(rounding > 0, f"{found}; rounded to whole numbers")
+    array = np.rint(array) if rounding else array
     foreground = np.isin(array, list(label)) if label else array > 0
     # The scan's affine, not the label's own: at 45 degrees a last digit decides which axis is the closest.
     mask = np.ascontiguousarray(upright(foreground, goal, scan.axis), dtype=np.uint8)
-    return mask, np.unique(np.rint(values[values > 0.5])).tolist()
+    return mask, whole[whole > 0].tolist()
 
 
 def read_pair(pair: Pair, axis: int, label: Sequence[int] | None) -> tuple[Scan, np.ndarray, list[float]]:
@@ -436,17 +430,15 @@ def read_pair(pair: Pair, axis: int, label: Sequence[int] | None) -> tuple[Scan,
 
 def note_labels(values: dict[str, Sequence[float]], label: Sequence[int] | None) -> None:
     """Warn of what is allowed, but may be a wrong `label`; `values`: what the label file of each scan holds, but 0."""
-    found = set(itertools.chain(*values.values()))
-    if not label and len(found) > 1:
-        warnings.warn(f"labels hold the values {listed(sorted(found))}: taken for one organ; --label chooses",
-                      stacklevel=2)
-    nowhere = [value for value in label or [] if value not in found]
-    if nowhere and found.intersection(label):
-        warnings.warn(f"--label {' '.join(map(str, label))}: {listed(nowhere)} is in no label file", stacklevel=2)
+    label, found = label or [], set().union(*values.values())
+    note(not label and len(found) > 1, f"labels hold the values {listed(sorted(found))}: taken for one organ; --label "
+         "chooses")
+    nowhere = [value for value in label if value not in found]
+    note(nowhere and found.intersection(label), f"--label {listed(label, ' ')}: {listed(nowhere)} is in no label file")
     absent = [name for name, held in values.items() if not set(held).intersection(label or held)]
-    if 0 < len(absent) < len(values):
-        organ = f"label {' or '.join(map(str, label))}" if label else "any label"
-        warnings.warn(f"{len(absent)} of {len(values)} scans hold no voxel of {organ}: {listed(absent)}", stacklevel=2)
+    organ = f"label {listed(label, ' or ')}" if label else "any label"
+    note(0 < len(absent) < len(values), f"{len(absent)} of {len(values)} scans hold no voxel of {organ}: "
+         f"{listed(absent)}")
 
 
 # --------------------------------------------------------------------------------------------------------- preprocess
@@ -457,7 +449,7 @@ def resize(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     if array.shape == tuple(shape):
         return array
     voxels = torch.from_numpy(np.ascontiguousarray(array, np.float32))[None, None]
-    voxels = F.interpolate(voxels, size=tuple(shape), mode="trilinear", align_corners=False)[0, 0].numpy()
+    voxels = torch.nn.functional.interpolate(voxels, tuple(shape), mode="trilinear", align_corners=False).numpy()[0, 0]
     # Nearest neighbour would shift a mask that is halved by half a fine voxel.
     return np.uint8(voxels > 0.5) if array.dtype == np.uint8 else voxels
 
@@ -485,12 +477,11 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
         ValueError: an array of other axes or another dtype, a mask of several labels, or an unknown way to normalise.
         DataError: a scan of one value, of NaN, or one that is not larger than the crop.
     """
-    if array.dtype == np.uint8 and array.max(initial=0) > 1:
-        raise ValueError(f"{name}: values to {array.max()}; a mask is 0 or 1: take one organ at a time")
-    sound = array.ndim == 3 and array.dtype in (np.float32, np.uint8)
+    high = array.max(initial=0)
+    sound = array.ndim == 3 and (array.dtype == np.float32 or array.dtype == np.uint8 and high <= 1)
     if not sound or how["normalise"] not in ("zscore", "percentile", "minmax"):
         raise ValueError(f"{name}: {array.dtype} {array.shape}, {how['normalise']}; expected (D, H, W) of float32, or "
-                         "of uint8, a mask; zscore, percentile or minmax")
+                         f"of uint8 (values to {high}; a mask is 0 or 1); zscore, percentile or minmax")
     factors = [have / (want or have) for have, want in zip(spacing, how["spacing"], strict=True)]
     # Up to 15 % off the target nothing is interpolated: augmentation shows the network these scales of H and W.
     if any(abs(factor - 1) > 0.15 for factor in factors):
@@ -556,8 +547,7 @@ def fingerprint(path: Path) -> list:
 
     Programs that copy or unpack set the first time to what they like; the second is the system's own.
     """
-    with one_line(path):
-        status = path.stat()
+    status = path.stat()
     return [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -572,15 +562,14 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
     if folder.is_dir():
         return CachedScan(pair.name, folder)
     scan, truth, values = read_pair(pair, how["axis"], how["label"])
-    image = preprocess(scan.array, scan.spacing, how, pair.image)
-    mask = preprocess(truth, scan.spacing, how, pair.image)
+    arrays = {"image": preprocess(scan.array, scan.spacing, how, pair.image), "truth": truth, "values": values,
+              "mask": preprocess(truth, scan.spacing, how, pair.image), "spacing": scan.spacing}
     with one_line(folder):
         cache_folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cache_folder, prefix=".") as temporary:
             whole = Path(temporary, "scan")
             whole.mkdir()
-            for kind, array in (("image", image), ("mask", mask), ("truth", truth), ("spacing", scan.spacing),
-                                ("values", values)):
+            for kind, array in arrays.items():
                 np.save(whole / f"{kind}.npy", array)
             with contextlib.suppress(OSError):  # another run was faster
                 whole.rename(folder)
@@ -590,8 +579,6 @@ def cache_scan(pair: Pair, how: dict, cache_folder: Path) -> CachedScan:
 
 def cpu_count() -> int:
     """Cores that this process may use: fewer than there are under taskset, in a container, in a job of a cluster."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -814,24 +801,22 @@ def slice_axis(spacing: Sequence[float]) -> int:
 def check(root: str | Path, label: Sequence[int] | None = None) -> None:
     """Print what is in a data set, a line for each scan. Raises DataError with a line for each problem."""
     pairs, problems = match_files(root)
-    sound, absent, found = [], [], {}
+    found = {}
     for pair in pairs:
         try:
-            scan, mask, found[pair.name] = read_pair(pair, 2, label)
+            scan, mask, found[pair] = read_pair(pair, 2, label)
         except DataError as error:
             problems.append(str(error))
             continue
-        sound.append(pair)
-        if not mask.any():
-            absent.append(pair)
         low, high, axes = scan.array.min(), scan.array.max(), "".join(nib.aff2axcodes(scan.source.affine))
         print(f"{printable(pair.name):20} {listed(mask.shape, ' x '):>15} voxels of {listed(scan.spacing, ' x '):>21} "
               f"mm (D H W), stored {axes}, {low:.4g} to {high:.4g}, foreground {mask.mean():.2%}", flush=True)
-    checksums(sound)
-    if not label or len(absent) == len(sound):
+    checksums(list(found))
+    absent = [pair for pair, values in found.items() if not set(values).intersection(label or values)]
+    if not label or len(absent) == len(found):
         problems += [f"{pair.label}: no voxel is foreground; check --label, or remove the scan" for pair in absent]
-        found = {name: values for name, values in found.items() if values}  # the others are problems already
-    note_labels(found, label)
+    # Where no value was chosen, a label without any is a problem already.
+    note_labels({pair.name: values for pair, values in found.items() if values or label}, label)
     print(f"{len(pairs)} pairs, {len(problems)} problems", flush=True)
     if problems:
         raise DataError(*problems)
@@ -842,14 +827,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def note_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """One line where a thread, TensorBoard's for instance, cannot write a file; what used it raises an error, too."""
-    if isinstance(failure.exc_value, OSError):
-        print(f"note: {failure.exc_value}", file=sys.stderr)
-    else:
-        threading.__excepthook__(failure)
-
-
 def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
     """Call `function(*args)` for a command line, and return the exit code: 0, 2 for a DataError, 130 for Ctrl-C.
 
@@ -857,12 +834,14 @@ def run_command(function: Callable, *args, stopped: str = "stopped") -> int:
     """
     script = Path(function.__code__.co_filename).name
     warnings.showwarning = lambda message, *_: print(f"note: {printable(str(message))}", file=sys.stderr)
-    threading.excepthook = note_of_thread
+    # Of a thread, TensorBoard's when the disk is full, one line, too: what used it raises the error once more.
+    threading.excepthook = lambda failure: warnings.warn(first_line(failure.exc_value), stacklevel=2)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")
     try:
-        function(*args)
+        with one_line("the operating system"):
+            function(*args)
     except DataError as error:
         for line in error.args:
             print(f"{script}: {printable(line)}", file=sys.stderr)

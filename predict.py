@@ -16,14 +16,14 @@ OpenCV.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gzip
 import itertools
 import math
 import re
 import sys
-import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data
-from data import DataError, Scan, crop_or_pad, require
+from data import DataError, Scan, crop_or_pad, note, require
 from metrics import score
 from unet import UNet
 
@@ -75,14 +75,10 @@ def keep_freed_memory() -> None:
     Activations of 10s of MB are otherwise mapped, zeroed page by page and unmapped in every step.
     Does nothing on other systems, and nothing for a GPU, where PyTorch does the same by itself.
     """
-    if sys.platform == "linux":
-        import ctypes
-
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
-        if mallopt:
-            M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # absent in musl
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- prediction
@@ -94,20 +90,17 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         DataError: no file, no checkpoint of this project, or one of another version.
     """
+    require(Path(path).exists(), f"{path}: no such file; give the last.pt or best.pt of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not {"version", "model", "network", "preprocess", "split", "files", "doubt_below"} <= checkpoint.keys():
             raise KeyError
     except Exception as error:  # of a damaged pickle torch makes anything, IndexError and struct.error too
-        reason = "damaged, or no checkpoint of train.py"
-        if isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        elif code := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"holds code, {code[1]}, which was not run: no checkpoint of train.py"
-        raise DataError(f"{path}: {reason}; give the last.pt or best.pt of a run") from None
-    version = checkpoint["version"]
-    require(version == VERSION, f"{path}: checkpoint version is {version}, expected {VERSION}; train it anew, or take "
-            "the project as it was then")
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"holds code, {code[1]}, which was not run:" if code else "damaged, or"
+        raise DataError(f"{path}: {found} no checkpoint of train.py; give the last.pt or best.pt of a run") from None
+    require(checkpoint["version"] == VERSION, f"{path}: checkpoint version is {checkpoint['version']}, expected "
+            f"{VERSION}; train it anew, or take the project as it was then")
     return checkpoint
 
 
@@ -119,8 +112,7 @@ def load_network(checkpoint: dict, device: torch.device | str = "cpu", path: str
         # Copies: else all networks of a checkpoint would share its tensors.
         net.load_state_dict({name: tensor.clone() for name, tensor in checkpoint["model"].items()}, assign=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        why = data.first_line(error)
-        raise DataError(f"{path}: its weights do not fit its network ({why}); train it anew") from None
+        raise DataError(f"{path}: weights do not fit the network ({data.first_line(error)}); train it anew") from None
     return net.to(device, torch.float32, memory_format=net.memory_format).eval()
 
 
@@ -158,12 +150,11 @@ def predict_volume(net: UNet, volume: np.ndarray, *, size: Sequence[int] | None 
     return crop_or_pad(probability, volume.shape)
 
 
-def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndarray, size: Sequence[int],
-                   overlap: float = 0.5) -> np.ndarray:
+def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Move a window of `size` over a volume (D, H, W), and average what `function` makes of it, in the same shape.
 
     The windows go through `function` in pairs: alone, a small one in 3D would not get a CPU's fast convolutions.
-    Neighbouring windows share at least `overlap` of their length. Each counts with a Gaussian about its centre, of
+    Neighbouring windows share at least half of their length. Each counts with a Gaussian about its centre, of
     deviation `size / 8`: a network knows least at the border of what it sees (Isensee et al. 2021).
     """
     if volume.shape == tuple(size):
@@ -171,9 +162,8 @@ def sliding_window(function: Callable[[np.ndarray], np.ndarray], volume: np.ndar
     total, weight = np.zeros((2, *volume.shape), np.float32)
     axes = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in size]
     gaussian = np.einsum("d,h,w->dhw", *axes).astype(np.float32).clip(1e-6)  # no voxel of weight 0
-    steps = [math.ceil((n - w) / (w * (1 - overlap))) for n, w in zip(volume.shape, size, strict=True)]
-    starts = [np.linspace(0, n - w, k + 1).round().astype(int)
-              for n, w, k in zip(volume.shape, size, steps, strict=True)]
+    starts = [np.linspace(0, n - w, 1 + math.ceil((n - w) / (w / 2))).round().astype(int)
+              for n, w in zip(volume.shape, size, strict=True)]
     windows = [tuple(map(slice, start, np.add(start, size))) for start in itertools.product(*starts)]
     for pair in (windows[i : i + 2] for i in range(0, len(windows), 2)):
         for window, values in zip(pair, function(np.stack([volume[window] for window in pair])), strict=True):
@@ -219,16 +209,16 @@ def write_on_scan_grid(path: Path, array: np.ndarray, scan: Scan) -> None:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def find_scans(paths: Sequence[str], labelled: bool = False, known: Sequence[str] = ()) -> dict[str, Path]:
+def find_scans(paths: Sequence[str], labelled: bool = False, known: Collection[str] = ()) -> dict[str, Path]:
     """Scans of files and folders, by name, see `data.by_name`. Of a data set's root, those to predict, or those that
     have labels."""
-    folders = ("imagesTr", "images", "") if labelled else ("imagesTs", "images", "imagesTr", "")
+    folders = ("imagesTr", "images") if labelled else ("imagesTs", "images", "imagesTr")
     files: list[Path] = []
     for path in map(Path, paths):
-        folder = next((path / name for name in folders if (path / name).is_dir()), None)
-        if folder and folder != path and any(file.name.lower().endswith(data.NIFTI) for file in path.iterdir()):
-            warnings.warn(f"{path}: its own scans are left out, those of {folder.name}/ are taken", stacklevel=2)
-        files += data.nifti_files(folder) if folder else [path]
+        folder = next((path / name for name in folders if (path / name).is_dir()), path)
+        own = folder != path and any(file.name.lower().endswith(data.NIFTI) for file in path.iterdir())
+        note(own, f"{path}: its own scans are left out, those of {folder.name}/ are taken")
+        files += data.nifti_files(folder) if folder.is_dir() else [path]
     return data.by_name(files, known)
 
 
@@ -273,26 +263,24 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     Raises:
         DataError: a file that is missing or damaged, or a mask that would overwrite what predict.py did not write.
     """
-    split, known = checkpoint["split"], [*checkpoint["split"]["train"], *checkpoint["split"]["val"]]
+    trained, kept, known = checkpoint["split"]["train"], checkpoint["split"]["val"], checkpoint["files"]
     scans = find_scans(args.scans, bool(args.labels or args.held_out), known)
     if args.held_out:  # by name
-        scans = {name: path for name, path in scans.items() if name in split["val"]}
-        require(scans, f"--held-out: the scans that the run kept are {', '.join(split['val']) or 'none'}; none is here")
-        if len(scans) < len(split["val"]):
-            warnings.warn(f"{len(scans)} of the {len(split['val'])} scans that the run kept are here", stacklevel=2)
+        scans = {name: path for name, path in scans.items() if name in kept}
+        require(scans, f"--held-out: the scans that the run kept are {', '.join(kept) or 'none'}; none is here")
+        note(len(scans) < len(kept), f"{len(scans)} of the {len(kept)} scans that the run kept are here")
     labels = data.by_name(data.nifti_files(Path(args.labels)), known) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
     if labels:  # of these scans alone; trained on, by name, and by content: scans may have been numbered anew
         labels = {name: labels[name] for name in scans}
-        sums = {scan for name, (scan, *_) in checkpoint["files"].items() if name in split["train"]}
-        seen = [name for name, path in scans.items() if name in split["train"] or zlib.crc32(path.read_bytes()) in sums]
-        if seen:
-            warnings.warn(f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
-                          f"{data.listed(seen)}; scores on them say nothing about new scans", stacklevel=2)
-    elif channels := [name for name in scans if name.endswith("_0001") and f"{name[:-4]}0000" in scans]:
-        warnings.warn(f"{data.listed(channels)}: if these are second channels of a patient, as nnU-Net numbers them, "
-                      "leave them out", stacklevel=2)
+        sums = {scan for name, (scan, *_) in known.items() if name in trained}
+        seen = [name for name, path in scans.items() if name in trained or zlib.crc32(path.read_bytes()) in sums]
+        note(seen, f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
+             f"{data.listed(seen)}; scores on them say nothing about new scans")
+    channels = [name for name in scans if name.endswith("_0001") and f"{name[:-4]}0000" in scans]
+    note(channels and not labels, f"{data.listed(channels)}: if these are second channels of a patient, as nnU-Net "
+         "numbers them, leave them out")
     masks = {name: Path(args.out, f"{name}.nii.gz") for name in scans}
     files = [*scans.values(), *labels.values()]
     both = {str(path.resolve()) for path in files} & {str(path.resolve()) for path in masks.values()}
@@ -306,20 +294,18 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
             require(ours, f"{path}: was there before, and predict.py did not write it so of {scans[name]}; choose "
                     "another --out")
     others = sorted({path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in masks.values()})
-    if others:
-        warnings.warn(f"{args.out} holds masks that were there before: {data.listed(others)}", stacklevel=2)
+    note(others, f"{args.out} holds masks that were there before: {data.listed(others)}")
     table = Path(args.out, "scores.csv")
-    if table.exists() and not labels:
-        warnings.warn(f"{table} was there before: it is not of these masks", stacklevel=2)
-    elif table.exists():
-        ours = table.read_bytes().startswith(b"name,mask,confidence,")
-        require(ours, f"{table}: was there before, and predict.py did not write it; choose another --out")
+    note(table.exists() and not labels, f"{table} was there before: it is not of these masks")
+    ours = not labels or not table.exists() or table.read_bytes().startswith(b"name,mask,confidence,")
+    require(ours, f"{table}: was there before, and predict.py did not write it; choose another --out")
     return scans, labels, masks
 
 
 def predict(args: argparse.Namespace) -> list[dict]:
     """Predict every scan of `args.scans`; returns a row for each: name, mask, confidence, and its scores where there is
     a label."""
+    require(args.batch_size > 0, f"--batch-size {args.batch_size}: expected at least 1")
     device = pick_device(args.device)
     checkpoint, precision = load_checkpoint(args.checkpoint), pick_precision(args.precision, device)
     net, how = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"]
@@ -366,10 +352,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: a GPU where there is one)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="of the network's arithmetic (default: bf16 where the hardware has it)")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: expected at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
