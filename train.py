@@ -650,10 +650,8 @@ def choose_size(args: argparse.Namespace, train: Sequence[data.CachedScan], how:
     median_shape = np.median([scan.open("mask").shape[-args.dims :] for scan in train], axis=0)
     slices = listed(median_shape[-2:], " x ")
     require(min(median_shape[-2:]) > 1, f"{args.data}: slices are {slices} voxels; choose how to cut them by --axis")
-    stem = 4 if max(how["spacing"][-args.dims :]) < 0.9 else 2
-    if max(median_shape) < 64:  # a small organ, every voxel of which counts
-        stem = 1
-    args.stem = args.stem or stem
+    small, fine = max(median_shape) < 64, max(how["spacing"][-args.dims :]) < 0.9  # of a small organ every voxel counts
+    args.stem = args.stem or (1 if small else 4 if fine else 2)
     # Larger slices are cropped, for training only: prediction moves a window over them. The network pads up to
     # `multiple`; to save a fifth of the work, up to 5 % of the median length is cut instead.
     multiple = args.stem * 2**args.depth
