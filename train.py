@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import math
@@ -824,7 +823,7 @@ def train(args: argparse.Namespace) -> dict:
     Raises:
         DataError: input that cannot be trained on, or a disk that is full, in one line.
     """
-    started, args = time.perf_counter(), copy.copy(args)  # what is filled in is of these data
+    started, args = time.perf_counter(), argparse.Namespace(**vars(args))  # a copy: what is filled in is of these data
     engine = fit_loop if args.engine == "loop" else fit_lightning
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):                  # Trainer(benchmark=)
