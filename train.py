@@ -725,12 +725,6 @@ def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-EXAMPLES = """examples:
-  python train.py --data Task02_Heart --out runs/heart            a new run
-  python train.py --data Task02_Heart --out runs/heart --resume   go on where it stopped
-  python train.py --data Task02_Heart --dims 2                    by slices, whatever the voxels"""
-
-
 def number(low: float, high: float = 1e6, kind: type = int) -> Callable[[str], float]:
     """A type for argparse: an int or float from `low` to `high`."""
 
@@ -753,8 +747,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `train.train(train.parse_args(["--data", "phantom"]))` runs it from Python."""
-    parser = argparse.ArgumentParser(
-        description="Train a U-Net to segment an organ in MRI.", formatter_class=Help, epilog=EXAMPLES)
+    *told, commands = __doc__.split("\n\n")  # the first line and the last paragraph of this file's docstring
+    parser = argparse.ArgumentParser(description=told[0], epilog=f"examples:\n{commands}", formatter_class=Help)
     positive, share = number(1), partial(number, kind=float)
     slices, patches = DEFAULTS[2], DEFAULTS[3]
     add = parser.add_argument_group("data").add_argument
