@@ -291,7 +291,7 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
 
     Returns:
         One row per scan: name, dice, confidence, truth and prediction (foreground voxels), voxels; of the slice that
-        holds most of the organ `slice` (from 1), `slices` (of how many), `panel`: image, truth, probability (H, W).
+        holds most of the organ `panel`: image, truth, probability (H, W); `title`, the line above it.
     """
     how, rows = run.recipe["preprocess"], []
     hidden = None if run.rank == 0 and len(scans) > 1 else True
@@ -303,10 +303,11 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
         answer = data.undo_preprocess(probability, truth.shape, how)
         prediction = answer > 0.5
         fullest = int(mask.sum(axis=(1, 2)).argmax())
-        rows.append({"name": scan.name, "dice": dice(prediction, truth > 0),
+        whole, here = dice(prediction, truth > 0), dice(probability[fullest] > 0.5, mask[fullest] > 0)
+        rows.append({"name": scan.name, "dice": whole,
                      "confidence": predict.confidence(answer), "truth": int(np.count_nonzero(truth)),
                      "prediction": int(np.count_nonzero(prediction)), "voxels": truth.size,
-                     "slice": fullest + 1, "slices": len(mask),
+                     "title": f"{scan.name}: Dice {whole:.3f};  slice {fullest + 1} of {len(mask)}: Dice {here:.3f}",
                      "panel": [np.float32(array[fullest]) for array in (image, mask, probability)]})
     return rows
 
@@ -420,12 +421,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
     """Scan, truth, probability, prediction and error of a slice of each validation scan, as a figure."""
     size = np.max([row["panel"][0].shape for row in rows], axis=0)
     stacks = [np.stack([data.crop_or_pad(row["panel"][i], size) for row in rows]) for i in range(3)]
-    titles = []
-    for row, truth, probability in zip(rows, *stacks[1:], strict=True):
-        here = dice(probability > 0.5, truth > 0)
-        titles.append(f"{row['name']}: Dice {row['dice']:.3f};  "
-                      f"slice {row['slice']} of {row['slices']}: Dice {here:.3f}")
-    return visualize.compare(*stacks, titles, axis)
+    return visualize.compare(*stacks, [row["title"] for row in rows], axis)
 
 
 # ---------------------------------------------------------------------------------------------------- before the loop
