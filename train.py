@@ -699,22 +699,19 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
 def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
     """Make the run folder, with the arguments of this start: args.json; when a run goes on, args-2.json and so on.
 
-    Of two new runs at once, one gets the folder and the other is refused.
+    Of two new runs at once, one gets the folder and the other is refused, even in the same moment: "x" makes a file
+    only where there is none.
     """
     out = Path(args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
-    taken = f"{out}: holds a run; add --resume to go on with it, or choose another --out"
     with data.one_line(out):
         out.mkdir(parents=True, exist_ok=True)
         starts = len(list(out.glob("args*.json")))
         there = any(path for name in ("args*.json", "*.pt", "log.csv", "split.json") for path in out.glob(name))
-        require(args.resume or not there, taken)
+        require(args.resume or not there, f"{out}: holds a run; add --resume to go on, or choose another --out")
         if there and not (out / "last.pt").exists():
             warnings.warn(f"{out}: holds no last.pt to go on from; the run begins anew", stacklevel=2)
-        try:
-            with open(out / (f"args-{starts + 1}.json" if starts else "args.json"), "x") as file:
-                json.dump(vars(args) | {"machine": machine}, file, indent=1)
-        except FileExistsError:
-            raise DataError(taken) from None
+        with open(out / (f"args-{starts + 1}.json" if starts else "args.json"), "x") as file:
+            json.dump(vars(args) | {"machine": machine}, file, indent=1)
     return out
 
 
