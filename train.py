@@ -68,7 +68,7 @@ class Run:
     """What both engines start from: the same objects, made in the same order from the same seed."""
 
     args: argparse.Namespace
-    out: Path
+    out: Path  # of the first process, which alone writes
     rank: int
     world_size: int  # number of processes
     device: torch.device
@@ -501,14 +501,12 @@ def prepare(args: argparse.Namespace) -> Run:
     recipe = {"version": predict.VERSION, "network": network, **kept, "machine": machine, "args": vars(args)}
     if saved:
         compare(saved, recipe, last)
-    out = [claim_folder(args, machine) if rank == 0 else None]
-    if world_size > 1:
-        dist.broadcast_object_list(out)
+    out = claim_folder(args, machine) if rank == 0 else Path(args.out or "runs")  # the others write nothing
     if rank == 0:
-        data.write_atomically(out[0] / "split.json", json.dumps(kept["split"], indent=1).encode())
+        data.write_atomically(out / "split.json", json.dumps(kept["split"], indent=1).encode())
     say(f"optimiser  AdamW, {args.schedule} to {args.lr:g}, {args.epochs} epochs of {args.steps} steps\n"
-        f"run        {out[0]}, {args.engine}, {'goes on' if saved else 'new'}; TensorBoard: {args.tensorboard}")
-    return Run(args, out[0], rank, world_size, device, precision, recipe, val_scans[rank::world_size], loader, net,
+        f"run        {out}, {args.engine}, {'goes on' if saved else 'new'}; TensorBoard: {args.tensorboard}")
+    return Run(args, out, rank, world_size, device, precision, recipe, val_scans[rank::world_size], loader, net,
                optimizer, make_loss(args.loss, world_size), saved)
 
 
