@@ -266,9 +266,8 @@ def progress(run: Run, epoch: int, losses: list[Tensor]) -> Iterator[list[Tensor
 
     After 20 steps of a run it says how long the rest will take.
     """
-    hidden = None if run.rank == 0 else True  # None: where there is no terminal
-    batches, steps = islice(run.loader, run.args.steps), run.args.steps
-    bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=hidden)
+    steps, hidden = run.args.steps, None if run.rank == 0 else True  # None: where there is no terminal
+    bar = tqdm(islice(run.loader, steps), f"epoch {epoch + 1}", steps, leave=False, disable=hidden)
     for i, batch in enumerate(bar):
         if i == 1:  # the first step starts workers, and on a GPU the search for the fastest convolutions
             started = time.perf_counter()
