@@ -31,7 +31,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -560,8 +559,8 @@ def describe(device: torch.device, workers: int, world_size: int) -> dict[str, s
         name, memory = gpu.name, gpu.total_memory
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        models = re.findall(r"model name\s*: (.*)", info) or [platform.processor() or platform.machine()]
-        name = f"{data.cpu_count()} cores, {models[0]}, {torch.backends.cpu.get_cpu_capability()}"
+        model = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+        name = f"{data.cpu_count()} cores, {model}, {torch.backends.cpu.get_cpu_capability()}"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.nan
     return {
         "code": found.stdout.strip() if found and found.stdout else "no git checkout",
