@@ -424,7 +424,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 # ---------------------------------------------------------------------------------------------------- before the loop
 
-# One more with a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each.
+# One more without a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each.
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEFAULTS = {2: {"depth": 3, "epochs": 22}, 3: {"depth": 2, "epochs": 12}}
@@ -510,9 +510,9 @@ def prepare(args: argparse.Namespace) -> Run:
 
 def make_loss(name: str, world_size: int) -> nn.Module:
     """The loss of a name. Dice is that of the batch of all processes together, not the mean of one Dice for each."""
-    if world_size > 1 and name in ("dice", "bce_dice"):  # a mean over voxels, like "bce", DDP averages by itself
-        return LOSSES[name](reduce=sum_over_processes)
-    return LOSSES[name]()
+    # A mean over voxels, like "bce", DDP averages by itself.
+    shared = {"reduce": sum_over_processes} if world_size > 1 and name != "bce" else {}
+    return LOSSES[name](**shared)
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
