@@ -678,10 +678,9 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
                             "another --out")
     if changed := [name for name, sums in new["files"].items() if sums != old["files"][name]]:
         warnings.warn(f"changed since the run began, which goes on with what is there: {listed(changed)}", stacklevel=2)
-    if (before := old["machine"]["code"]) != new["machine"]["code"]:
-        warnings.warn(f"the run began with the code {before}: what changed since may change its course", stacklevel=2)
-    if (before := old["machine"]["shared"]) != new["machine"]["shared"]:
-        warnings.warn(f"the run had {before}: with others the last bits may differ", stacklevel=2)
+    before, now = ("{code}, {shared}".format(**run["machine"]) for run in (old, new))  # threads move the last bits
+    if before != now:
+        warnings.warn(f"the run began with the code {before}; goes on with {now}: it may end otherwise", stacklevel=2)
     done, epochs = len(saved["log"]), new["epochs"]
     was = new["lr"] * lr_at(done * new["steps"], old["epochs"] * new["steps"], new["schedule"])
     now = new["lr"] * lr_at(done * new["steps"], epochs * new["steps"], new["schedule"])
