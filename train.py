@@ -594,8 +594,7 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
         pairs = keep_split(pairs, split, args.data)
     how = choose_preprocessing(args, saved, pairs)
     scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
-    train = [scans[name] for name in split["train"]]
-    val = [scans[name] for name in split["val"]]
+    train, val = ([scans[name] for name in split[part]] for part in ("train", "val"))
     if args.overfit:
         train = val = train[: args.overfit]
     organ = any(scan.open("mask").any() for scan in train)
