@@ -88,7 +88,9 @@ def fit_loop(run: Run) -> None:
     """Train by hand: four stations an epoch. The margin names the Lightning hook or argument that does the same."""
     args, net, device, optimizer, log = run.args, run.net, run.device, run.optimizer, []
     autocast = partial(torch.autocast, device.type, run.precision, enabled=run.precision != torch.float32)
-    scaler = make_scaler(run)                                                           # Trainer(precision=), in fp16
+    # A scaler leaves out a step whose gradient is inf or NaN; a fused optimiser does it without making the host wait.
+    scale = 2.0**16 if run.precision == torch.float16 else 1.0                          # Trainer(precision=), in fp16
+    scaler = torch.amp.GradScaler(device.type, scale, enabled=optimizer.defaults["fused"])
     if run.saved:                                                                       # Trainer.fit(ckpt_path=)
         log = list(run.saved["log"])  # a copy, since this one grows
         net.load_state_dict(run.saved["model"])
@@ -247,17 +249,6 @@ def lr_at(step: int, total: int, schedule: str = "onecycle") -> float:
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
-
-
-def has_fused(device: torch.device) -> bool:
-    """Whether AdamW can be one kernel here, which skips a step by itself where GradScaler says so."""
-    return device.type in ("cpu", "cuda")
-
-
-def make_scaler(run: Run) -> torch.amp.GradScaler:
-    """A scaler that leaves out steps whose gradient is inf or NaN. In float16 it scales the loss, too."""
-    scale = 2.0**16 if run.precision == torch.float16 else 1.0
-    return torch.amp.GradScaler(run.device.type, scale, enabled=has_fused(run.device))
 
 
 def progress(run: Run, epoch: int, losses: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -493,7 +484,8 @@ def prepare(args: argparse.Namespace) -> Run:
     say(f"network    {network}: {sum(p.numel() for p in net.parameters()):,} parameters, "
         f"{str(precision).removeprefix('torch.')}")
 
-    fused = has_fused(device) and not (args.engine == "lightning" and precision == torch.float16)  # it refuses that
+    # In one kernel; but in float16 Lightning lets no fused optimiser clip its gradients.
+    fused = device.type in ("cpu", "cuda") and (args.engine == "loop" or precision != torch.float16)
     optimizer = torch.optim.AdamW(                                                      # configure_optimizers
         net.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
     recipe = {"version": predict.VERSION, "network": network, **kept, "machine": machine, "args": vars(args)}
