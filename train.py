@@ -331,9 +331,8 @@ def check_finite(run: Run, epoch: int, norms: Tensor) -> None:
     """End a hopeless run before it is saved: most steps were skipped, or the network holds inf or NaN."""
     skipped = int((~norms.isfinite()).sum())
     finite = all(tensor.isfinite().all() for tensor in run.net.state_dict().values())
-    if 2 * skipped > len(norms) or not finite:
-        raise DataError(f"epoch {epoch + 1}: {skipped} of {len(norms)} gradients, or the weights, are not finite; "
-                        "lower --lr, use --precision fp32, or look at the data")
+    require(finite and 2 * skipped <= len(norms), f"epoch {epoch + 1}: {skipped} of {len(norms)} gradients, or the "
+            "weights, are not finite; lower --lr, use --precision fp32, or look at the data")
 
 
 def is_best(log: list[dict]) -> bool:
@@ -664,9 +663,8 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
     """Refuse to go on with another recipe; say what is allowed to differ, and what that does."""
     old, new = {**saved, **saved["args"]}, {**recipe, **recipe["args"]}
     for name in sorted(new.keys() - MAY_CHANGE - {"args", "files", "machine"}):
-        if old.get(name) != new[name]:
-            raise DataError(f"{last}: was trained with {name} {old.get(name)}, not {new[name]}; repeat that, or choose "
-                            "another --out")
+        require(old.get(name) == new[name], f"{last}: was trained with {name} {old.get(name)}, not {new[name]}; repeat "
+                "that, or choose another --out")
     if changed := [name for name, sums in new["files"].items() if sums != old["files"][name]]:
         warnings.warn(f"changed since the run began, which goes on with what is there: {listed(changed)}", stacklevel=2)
     before, now = ("{code}, {shared}".format(**run["machine"]) for run in (old, new))  # threads move the last bits
