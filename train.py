@@ -687,15 +687,14 @@ def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
     only where there is none.
     """
     out = Path(args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
-    with data.one_line(out):
-        out.mkdir(parents=True, exist_ok=True)
-        starts = len(list(out.glob("args*.json")))
-        there = any(path for name in ("args*.json", "*.pt", "log.csv", "split.json") for path in out.glob(name))
-        require(args.resume or not there, f"{out}: holds a run; add --resume to go on, or choose another --out")
-        if there and not (out / "last.pt").exists():
-            warnings.warn(f"{out}: holds no last.pt to go on from; the run begins anew", stacklevel=2)
-        with open(out / (f"args-{starts + 1}.json" if starts else "args.json"), "x") as file:
-            json.dump(vars(args) | {"machine": machine}, file, indent=1)
+    out.mkdir(parents=True, exist_ok=True)
+    starts = len(list(out.glob("args*.json")))
+    there = any(path for name in ("args*.json", "*.pt", "log.csv", "split.json") for path in out.glob(name))
+    require(args.resume or not there, f"{out}: holds a run; add --resume to go on, or choose another --out")
+    if there and not (out / "last.pt").exists():
+        warnings.warn(f"{out}: holds no last.pt to go on from; the run begins anew", stacklevel=2)
+    with open(out / (f"args-{starts + 1}.json" if starts else "args.json"), "x") as file:
+        json.dump(vars(args) | {"machine": machine}, file, indent=1)
     return out
 
 
@@ -797,12 +796,12 @@ def train(args: argparse.Namespace) -> dict:
     started, args = time.perf_counter(), argparse.Namespace(**vars(args))  # a copy: what is filled in is of these data
     engine = fit_loop if args.engine == "loop" else fit_lightning
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):                  # Trainer(benchmark=)
+        # As by Trainer(benchmark=); and a disk that is full is told in one line.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True), data.one_line(args.out or "runs"):
             run = prepare(args)
             pairs = {pair.name: pair for pair in data.find_pairs(args.data)}  # now: a file may be gone in the end
             if not run.saved or len(run.saved["log"]) < args.epochs:
-                with data.one_line(run.out):
-                    engine(run)
+                engine(run)
         if run.world_size > 1:
             dist.barrier()  # until the first process has saved
     except torch.cuda.OutOfMemoryError:
