@@ -583,7 +583,8 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
     split = saved["split"] if saved else data.split_scans([pair.name for pair in pairs], args.folds, args.fold)
     if saved:
         pairs = keep_split(pairs, split, args.data)
-    how = choose_preprocessing(args, saved, pairs)
+        args.batch_size = args.batch_size or saved["args"]["batch_size"]  # however many processes there are now
+    how = choose_preprocessing(args, pairs)
     scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
     train, val = ([scans[name] for name in split[part]] for part in ("train", "val"))
     if args.overfit:
@@ -600,17 +601,14 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
                                  "files": data.checksums(pairs)}
 
 
-def choose_preprocessing(args: argparse.Namespace, saved: dict | None, pairs: Sequence[data.Pair]) -> dict:
+def choose_preprocessing(args: argparse.Namespace, pairs: Sequence[data.Pair]) -> dict:
     """How scans are read and preprocessed (see `data.preprocess`), by their spacing, of which the headers tell.
 
-    Fills in the arguments that follow from it: dims, and with them depth and epochs; when a run goes on, batch_size.
+    Fills in the arguments that follow from it: dims, and with them depth and epochs.
     """
     median, thinnest = data.survey(pairs)
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
-    if saved:  # these two stay: files, or the number of processes, may be others now
-        args.dims = args.dims or saved["args"]["dims"]
-        args.batch_size = args.batch_size or saved["args"]["batch_size"]
     if args.size:
         args.dims = args.dims or len(args.size)
         require(len(args.size) == args.dims > 1, "--size: expected two numbers, H W, or in 3D three, D H W")
