@@ -341,8 +341,7 @@ def is_best(log: list[dict]) -> bool:
     return math.isnan(last) or last > max(before, default=-1)
 
 
-def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], started: float,
-            trained: float) -> dict[str, float]:
+def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], started: float, trained: float) -> dict:
     """An epoch as a row of log.csv and of TensorBoard; `started` and `trained` are times, in s.
 
     A step with a non-finite gradient was not taken; it is counted, and left out of the means. Each scan counts the same
