@@ -473,8 +473,8 @@ def prepare(args: argparse.Namespace) -> Run:
     say(f"data       {len(train_scans)} scans to train on, {len(val_scans)} to validate on; batches of "
         f"{args.batch_size} {'slices' if args.dims == 2 else 'patches'} of {' x '.join(map(str, size))}")
 
-    names = ("dims", "width", "depth", "norm", "attention", "stem")  # one channel and one mask, as in predict_volume
-    network = {name: getattr(args, name) for name in names}
+    # One channel and one mask, as in predict_volume.
+    network = {name: vars(args)[name] for name in ("dims", "width", "depth", "norm", "attention", "stem")}
     net = UNet(**network)                                                               # configure_model
     if world_size > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)                              # Trainer(sync_batchnorm=)
