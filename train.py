@@ -416,7 +416,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 # One more without a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each.
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
-DEFAULTS = {2: {"depth": 3, "epochs": 22}, 3: {"depth": 2, "epochs": 12}}
+DEPTH, EPOCHS = {2: 3, 3: 2}, {2: 22, 3: 12}
 SMOOTH = 1.5  # mm, deviation of the Gaussian that averages slices at prediction, in 2D
 VALIDATED = 500_000_000  # voxels, as the network sees them, that are scored after an epoch: a minute on two cores
 LARGEST_PATCH = (20, 32, 32)  # times the stem, at least times 2: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
@@ -613,8 +613,8 @@ def choose_preprocessing(args: argparse.Namespace, pairs: Sequence[data.Pair]) -
         require(len(args.size) == args.dims > 1, "--size: expected two numbers, H W, or in 3D three, D H W")
     # The stem's blocks and the kernels are cubes of voxels, and should be about cubes of the patient.
     args.dims = args.dims or (3 if max(median) <= 1.5 * min(median) and thinnest >= 16 else 2)
-    args.depth = DEFAULTS[args.dims]["depth"] if args.depth is None else args.depth
-    args.epochs = args.epochs or DEFAULTS[args.dims]["epochs"]
+    args.depth = DEPTH[args.dims] if args.depth is None else args.depth
+    args.epochs = args.epochs or EPOCHS[args.dims]
     return {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
             "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH if args.dims == 2 else 0.0}
 
@@ -723,7 +723,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     *told, commands = __doc__.split("\n\n")  # the first line and the last paragraph of this file's docstring
     parser = argparse.ArgumentParser(description=told[0], epilog=f"examples:\n{commands}", formatter_class=Help)
     positive, share = number(1), partial(number, kind=float)
-    slices, patches = DEFAULTS[2], DEFAULTS[3]
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DIR", help="imagesTr/ + labelsTr/, or images/ + labels/")
     add("--cache", default="cache", metavar="DIR", help="where preprocessed scans are kept")
@@ -743,8 +742,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dims", type=int, choices=(2, 3), help="2: slices, 3: patches (default: 3, but 2 of voxels more than 1.5 "
         "times as long as they are wide, or of fewer than 16 slices)")
     add("--width", type=positive, default=16, metavar="N", help="channels of the first level")
-    add("--depth", type=number(0, 8), metavar="N",
-        help=f"poolings (default: {slices['depth']}, in 3D {patches['depth']})")
+    add("--depth", type=number(0, 8), metavar="N", help=f"poolings (default: {DEPTH[2]}, in 3D {DEPTH[3]})")
     add("--stem", type=number(1, 8), metavar="N", help="voxels a side that enter as channels, 1: classical "
         "(default: 2; 4 of voxels below 0.9 mm; 1 of slices, in 3D scans, below 64 voxels a side)")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
@@ -752,8 +750,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
-    add("--epochs", type=positive, metavar="N", help="how often to validate and save "
-        f"(default: {slices['epochs']}, in 3D {patches['epochs']})")
+    add("--epochs", type=positive, metavar="N", help=f"how often to validate (default: {EPOCHS[2]}, in 3D {EPOCHS[3]})")
     add("--steps", "--limit-batches", type=positive, default=250, metavar="N", help="batches an epoch")
     add("--batch-size", type=positive, metavar="N", help="of all processes together (default: as many as keep a step "
         "short, 4 to 16 slices, 2 to 16 patches, a multiple of the processes)")
