@@ -26,8 +26,8 @@ HOUSE = {
     "metrics": (40, set()),
     "data": (500, set()),
     "predict": (244, {"data", "metrics", "unet"}),
-    "train": (621, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (321, {"data", "predict"}),
+    "train": (583, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "visualize": (320, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")
