@@ -338,8 +338,9 @@ def read_scan(path: str | Path, axis: int = 2) -> Scan:
     voxels = upright(read_voxels(image, path), image.affine, axis)
     finite = np.isfinite(voxels)
     require(finite.any(), f"{path}: no voxel is finite; export it again")
-    if not finite.all():
-        warnings.warn(f"{path}: {(~finite).sum()} voxels are NaN or infinite; set to the lowest other", stacklevel=2)
+    broken = np.count_nonzero(~finite)
+    note(broken, f"{path}: {broken} voxels are NaN or infinite; set to the lowest other")
+    if broken:
         voxels = np.where(finite, voxels, voxels[finite].min())
     check_range(float(voxels.min()), float(voxels.max()), path)  # before float32, which holds less
     placed = image.header["sform_code"] or image.header["qform_code"]
@@ -591,9 +592,9 @@ def cache_scans(pairs: Sequence[Pair], how: dict, folder: str | Path) -> list[Ca
         jobs = pool.map(partial(cache_scan, how=how, cache_folder=Path(folder)), pairs)
         scans = list(tqdm(jobs, "reading", len(pairs), unit=" scans", leave=False, disable=None))
     note_labels({scan.name: scan.open("values").tolist() for scan in scans}, how["label"])
-    if cut := [scan.name for scan in scans if how["crop"] and reaches_border(scan)]:
-        warnings.warn(f"--crop {how['crop']}: the organ reaches the border of what is left of {listed(cut)}; what was "
-                      "cut off is never called organ", stacklevel=2)
+    cut = [scan.name for scan in scans if how["crop"] and reaches_border(scan)]
+    note(cut, f"--crop {how['crop']}: the organ reaches the border of what is left of {listed(cut)}; what was cut off "
+         "is never called organ")
     return scans
 
 

@@ -26,13 +26,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -51,15 +49,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import data
 import predict
 import visualize
-from data import DataError, listed, require
+from data import DataError, listed, note, require
 from losses import BCEDiceLoss, DiceLoss
 from metrics import dice
 from unet import UNet
@@ -91,7 +88,9 @@ def fit_loop(run: Run) -> None:
     """Train by hand: four stations an epoch. The margin names the Lightning hook or argument that does the same."""
     args, net, device, optimizer, log = run.args, run.net, run.device, run.optimizer, []
     autocast = partial(torch.autocast, device.type, run.precision, enabled=run.precision != torch.float32)
-    scaler = make_scaler(run)                                                           # Trainer(precision=), in fp16
+    # A scaler leaves out a step whose gradient is inf or NaN; a fused optimiser does it without making the host wait.
+    scale = 2.0**16 if run.precision == torch.float16 else 1.0                          # Trainer(precision=), in fp16
+    scaler = torch.amp.GradScaler(device.type, scale, enabled=optimizer.defaults["fused"])
     if run.saved:                                                                       # Trainer.fit(ckpt_path=)
         log = list(run.saved["log"])  # a copy, since this one grows
         net.load_state_dict(run.saved["model"])
@@ -252,25 +251,13 @@ def lr_at(step: int, total: int, schedule: str = "onecycle") -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
 
 
-def has_fused(device: torch.device) -> bool:
-    """Whether AdamW can be one kernel here, which skips a step by itself where GradScaler says so."""
-    return device.type in ("cpu", "cuda")
-
-
-def make_scaler(run: Run) -> torch.amp.GradScaler:
-    """A scaler that leaves out steps whose gradient is inf or NaN. In float16 it scales the loss, too."""
-    scale = 2.0**16 if run.precision == torch.float16 else 1.0
-    return torch.amp.GradScaler(run.device.type, scale, enabled=has_fused(run.device))
-
-
 def progress(run: Run, epoch: int, losses: list[Tensor]) -> Iterator[list[Tensor]]:
     """The batches of an epoch, on a terminal with a bar that shows the last of `losses`, a list that the loop fills.
 
     After 20 steps of a run it says how long the rest will take.
     """
-    hidden = None if run.rank == 0 else True  # None: where there is no terminal
-    batches, steps = islice(run.loader, run.args.steps), run.args.steps
-    bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=hidden)
+    steps, hidden = run.args.steps, None if run.rank == 0 else True  # None: where there is no terminal
+    bar = tqdm(islice(run.loader, steps), f"epoch {epoch + 1}", steps, leave=False, disable=hidden)
     for i, batch in enumerate(bar):
         if i == 1:  # the first step starts workers, and on a GPU the search for the fastest convolutions
             started = time.perf_counter()
@@ -293,7 +280,7 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
 
     Returns:
         One row per scan: name, dice, confidence, truth and prediction (foreground voxels), voxels; of the slice that
-        holds most of the organ `slice` (from 1), `slices` (of how many), `panel`: image, truth, probability (H, W).
+        holds most of the organ `panel`: image, truth, probability (H, W); `title`, the line above it.
     """
     how, rows = run.recipe["preprocess"], []
     hidden = None if run.rank == 0 and len(scans) > 1 else True
@@ -305,10 +292,11 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
         answer = data.undo_preprocess(probability, truth.shape, how)
         prediction = answer > 0.5
         fullest = int(mask.sum(axis=(1, 2)).argmax())
-        rows.append({"name": scan.name, "dice": dice(prediction, truth > 0),
+        whole, here = dice(prediction, truth > 0), dice(probability[fullest] > 0.5, mask[fullest] > 0)
+        rows.append({"name": scan.name, "dice": whole,
                      "confidence": predict.confidence(answer), "truth": int(np.count_nonzero(truth)),
                      "prediction": int(np.count_nonzero(prediction)), "voxels": truth.size,
-                     "slice": fullest + 1, "slices": len(mask),
+                     "title": f"{scan.name}: Dice {whole:.3f};  slice {fullest + 1} of {len(mask)}: Dice {here:.3f}",
                      "panel": [np.float32(array[fullest]) for array in (image, mask, probability)]})
     return rows
 
@@ -343,9 +331,8 @@ def check_finite(run: Run, epoch: int, norms: Tensor) -> None:
     """End a hopeless run before it is saved: most steps were skipped, or the network holds inf or NaN."""
     skipped = int((~norms.isfinite()).sum())
     finite = all(tensor.isfinite().all() for tensor in run.net.state_dict().values())
-    if 2 * skipped > len(norms) or not finite:
-        raise DataError(f"epoch {epoch + 1}: {skipped} of {len(norms)} gradients, or the weights, are not finite; "
-                        "lower --lr, use --precision fp32, or look at the data")
+    require(finite and 2 * skipped <= len(norms), f"epoch {epoch + 1}: {skipped} of {len(norms)} gradients, or the "
+            "weights, are not finite; lower --lr, use --precision fp32, or look at the data")
 
 
 def is_best(log: list[dict]) -> bool:
@@ -354,8 +341,7 @@ def is_best(log: list[dict]) -> bool:
     return math.isnan(last) or last > max(before, default=-1)
 
 
-def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], started: float,
-            trained: float) -> dict[str, float]:
+def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], started: float, trained: float) -> dict:
     """An epoch as a row of log.csv and of TensorBoard; `started` and `trained` are times, in s.
 
     A step with a non-finite gradient was not taken; it is counted, and left out of the means. Each scan counts the same
@@ -422,20 +408,15 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
     """Scan, truth, probability, prediction and error of a slice of each validation scan, as a figure."""
     size = np.max([row["panel"][0].shape for row in rows], axis=0)
     stacks = [np.stack([data.crop_or_pad(row["panel"][i], size) for row in rows]) for i in range(3)]
-    titles = []
-    for row, truth, probability in zip(rows, *stacks[1:], strict=True):
-        here = dice(probability > 0.5, truth > 0)
-        titles.append(f"{row['name']}: Dice {row['dice']:.3f};  "
-                      f"slice {row['slice']} of {row['slices']}: Dice {here:.3f}")
-    return visualize.compare(*stacks, titles, axis)
+    return visualize.compare(*stacks, [row["title"] for row in rows], axis)
 
 
 # ---------------------------------------------------------------------------------------------------- before the loop
 
-# One more with a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each.
+# One more without a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each.
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
-DEFAULTS = {2: {"depth": 3, "epochs": 22}, 3: {"depth": 2, "epochs": 12}}
+DEPTH, EPOCHS = {2: 3, 3: 2}, {2: 22, 3: 12}
 SMOOTH = 1.5  # mm, deviation of the Gaussian that averages slices at prediction, in 2D
 VALIDATED = 500_000_000  # voxels, as the network sees them, that are scored after an epoch: a minute on two cores
 LARGEST_PATCH = (20, 32, 32)  # times the stem, at least times 2: 50 x 80 x 80 mm at 0.625 and at 1.25 mm
@@ -492,8 +473,8 @@ def prepare(args: argparse.Namespace) -> Run:
     say(f"data       {len(train_scans)} scans to train on, {len(val_scans)} to validate on; batches of "
         f"{args.batch_size} {'slices' if args.dims == 2 else 'patches'} of {' x '.join(map(str, size))}")
 
-    names = ("dims", "width", "depth", "norm", "attention", "stem")  # one channel and one mask, as in predict_volume
-    network = {name: getattr(args, name) for name in names}
+    # One channel and one mask, as in predict_volume.
+    network = {name: vars(args)[name] for name in ("dims", "width", "depth", "norm", "attention", "stem")}
     net = UNet(**network)                                                               # configure_model
     if world_size > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)                              # Trainer(sync_batchnorm=)
@@ -501,7 +482,8 @@ def prepare(args: argparse.Namespace) -> Run:
     say(f"network    {network}: {sum(p.numel() for p in net.parameters()):,} parameters, "
         f"{str(precision).removeprefix('torch.')}")
 
-    fused = has_fused(device) and not (args.engine == "lightning" and precision == torch.float16)  # it refuses that
+    # In one kernel; but in float16 Lightning lets no fused optimiser clip its gradients.
+    fused = device.type in ("cpu", "cuda") and (args.engine == "loop" or precision != torch.float16)
     optimizer = torch.optim.AdamW(                                                      # configure_optimizers
         net.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
     recipe = {"version": predict.VERSION, "network": network, **kept, "machine": machine, "args": vars(args)}
@@ -510,19 +492,20 @@ def prepare(args: argparse.Namespace) -> Run:
     out = [claim_folder(args, machine) if rank == 0 else None]
     if world_size > 1:
         dist.broadcast_object_list(out)
+    (out,) = out
     if rank == 0:
-        data.write_atomically(out[0] / "split.json", json.dumps(kept["split"], indent=1).encode())
+        data.write_atomically(out / "split.json", json.dumps(kept["split"], indent=1).encode())
     say(f"optimiser  AdamW, {args.schedule} to {args.lr:g}, {args.epochs} epochs of {args.steps} steps\n"
-        f"run        {out[0]}, {args.engine}, {'goes on' if saved else 'new'}; TensorBoard: {args.tensorboard}")
-    return Run(args, out[0], rank, world_size, device, precision, recipe, val_scans[rank::world_size], loader, net,
+        f"run        {out}, {args.engine}, {'goes on' if saved else 'new'}; TensorBoard: {args.tensorboard}")
+    return Run(args, out, rank, world_size, device, precision, recipe, val_scans[rank::world_size], loader, net,
                optimizer, make_loss(args.loss, world_size), saved)
 
 
 def make_loss(name: str, world_size: int) -> nn.Module:
     """The loss of a name. Dice is that of the batch of all processes together, not the mean of one Dice for each."""
-    if world_size > 1 and name in ("dice", "bce_dice"):  # a mean over voxels, like "bce", DDP averages by itself
-        return LOSSES[name](reduce=sum_over_processes)
-    return LOSSES[name]()
+    # A mean over voxels, like "bce", DDP averages by itself.
+    shared = {"reduce": sum_over_processes} if world_size > 1 and name != "bce" else {}
+    return LOSSES[name](**shared)
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -569,8 +552,8 @@ def describe(device: torch.device, workers: int, world_size: int) -> dict[str, s
         name, memory = gpu.name, gpu.total_memory
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        models = re.findall(r"model name\s*: (.*)", info) or [platform.processor() or platform.machine()]
-        name = f"{data.cpu_count()} cores, {models[0]}, {torch.backends.cpu.get_cpu_capability()}"
+        model = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+        name = f"{data.cpu_count()} cores, {model}, {torch.backends.cpu.get_cpu_capability()}"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.nan
     return {
         "code": found.stdout.strip() if found and found.stdout else "no git checkout",
@@ -605,7 +588,8 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
         pairs = [pair for pair in pairs if pair.name in split["train"]]
     if saved:
         pairs = keep_split(pairs, split, args.data)
-    how = choose_preprocessing(args, saved, pairs)
+        args.batch_size = args.batch_size or saved["args"]["batch_size"]  # however many processes there are now
+    how = choose_preprocessing(args, pairs)
     scans = {scan.name: scan for scan in data.cache_scans(pairs, how, args.cache)}
     train = [scans[name] for name in split["train"]]
     val = train if args.overfit else [scans[name] for name in split["val"]]
@@ -614,31 +598,27 @@ def load_data(args: argparse.Namespace, saved: dict | None = None) -> tuple[list
             "there is nothing to learn")
     # Validation, like an epoch, takes a bounded time: of many large scans every second, or third, and so on.
     every = max(math.ceil(sum(scan.open("mask").size for scan in val) / VALIDATED), 1)
-    if every > 1:
-        warnings.warn(f"validation takes one scan in {every} of {len(val)}, to save time; predict.py --held-out scores "
-                      "them all", stacklevel=2)
+    note(every > 1, f"validation takes one scan in {every} of {len(val)}, to save time; predict.py --held-out scores "
+         "them all")
     return train, val[::every], {"split": split, "preprocess": how | {"size": choose_size(args, train, how)},
                                  "files": data.checksums(pairs)}
 
 
-def choose_preprocessing(args: argparse.Namespace, saved: dict | None, pairs: Sequence[data.Pair]) -> dict:
+def choose_preprocessing(args: argparse.Namespace, pairs: Sequence[data.Pair]) -> dict:
     """How scans are read and preprocessed (see `data.preprocess`), by their spacing, of which the headers tell.
 
-    Fills in the arguments that follow from it: dims, and with them depth and epochs; when a run goes on, batch_size.
+    Fills in the arguments that follow from it: dims, and with them depth and epochs.
     """
     median, thinnest = data.survey(pairs)
     axis = data.slice_axis(median) if args.axis is None else args.axis
     spacing = [args.spacing or median[i] for i in data.PATIENT_AXES[axis]]
-    if saved:  # these two stay: files, or the number of processes, may be others now
-        args.dims = args.dims or saved["args"]["dims"]
-        args.batch_size = args.batch_size or saved["args"]["batch_size"]
     if args.size:
         args.dims = args.dims or len(args.size)
         require(len(args.size) == args.dims > 1, "--size: expected two numbers, H W, or in 3D three, D H W")
     # The stem's blocks and the kernels are cubes of voxels, and should be about cubes of the patient.
     args.dims = args.dims or (3 if max(median) <= 1.5 * min(median) and thinnest >= 16 else 2)
-    args.depth = DEFAULTS[args.dims]["depth"] if args.depth is None else args.depth
-    args.epochs = args.epochs or DEFAULTS[args.dims]["epochs"]
+    args.depth = DEPTH[args.dims] if args.depth is None else args.depth
+    args.epochs = args.epochs or EPOCHS[args.dims]
     return {"axis": axis, "label": args.label, "spacing": [None, *spacing[1:]] if args.dims == 2 else spacing,
             "crop": args.crop, "normalise": args.normalise, "smooth": SMOOTH if args.dims == 2 else 0.0}
 
@@ -651,10 +631,8 @@ def choose_size(args: argparse.Namespace, train: Sequence[data.CachedScan], how:
     median_shape = np.median([scan.open("mask").shape[-args.dims :] for scan in train], axis=0)
     slices = listed(median_shape[-2:], " x ")
     require(min(median_shape[-2:]) > 1, f"{args.data}: slices are {slices} voxels; choose how to cut them by --axis")
-    stem = 4 if max(how["spacing"][-args.dims :]) < 0.9 else 2
-    if max(median_shape) < 64:  # a small organ, every voxel of which counts
-        stem = 1
-    args.stem = args.stem or stem
+    small, fine = max(median_shape) < 64, max(how["spacing"][-args.dims :]) < 0.9  # of a small organ every voxel counts
+    args.stem = args.stem or (1 if small else 4 if fine else 2)
     # Larger slices are cropped, for training only: prediction moves a window over them. The network pads up to
     # `multiple`; to save a fifth of the work, up to 5 % of the median length is cut instead.
     multiple = args.stem * 2**args.depth
@@ -677,8 +655,8 @@ def keep_split(pairs: Sequence[data.Pair], split: dict[str, list[str]], root: st
     known = {*split["train"], *split["val"]}
     gone = known - {pair.name for pair in pairs}
     require(not gone, f"{root}: the run began with {listed(sorted(gone))}: put it back, or choose another --out")
-    if added := [pair.name for pair in pairs if pair.name not in known]:
-        warnings.warn(f"{root}: added since the run began, left out: {listed(added)}", stacklevel=2)
+    added = [pair.name for pair in pairs if pair.name not in known]
+    note(added, f"{root}: added since the run began, left out: {listed(added)}")
     return [pair for pair in pairs if pair.name in known]
 
 
@@ -686,54 +664,40 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
     """Refuse to go on with another recipe; say what is allowed to differ, and what that does."""
     old, new = {**saved, **saved["args"]}, {**recipe, **recipe["args"]}
     for name in sorted(new.keys() - MAY_CHANGE - {"args", "files", "machine"}):
-        if old.get(name) != new[name]:
-            raise DataError(f"{last}: was trained with {name} {old.get(name)}, not {new[name]}; repeat that, or choose "
-                            "another --out")
-    if changed := [name for name, sums in new["files"].items() if sums != old["files"][name]]:
-        warnings.warn(f"changed since the run began, which goes on with what is there: {listed(changed)}", stacklevel=2)
-    if (before := old["machine"]["code"]) != new["machine"]["code"]:
-        warnings.warn(f"the run began with the code {before}: what changed since may change its course", stacklevel=2)
-    if (before := old["machine"]["shared"]) != new["machine"]["shared"]:
-        warnings.warn(f"the run had {before}: with others the last bits may differ", stacklevel=2)
+        require(old.get(name) == new[name], f"{last}: was trained with {name} {old.get(name)}, not {new[name]}; repeat "
+                "that, or choose another --out")
+    changed = [name for name, sums in new["files"].items() if sums != old["files"][name]]
+    note(changed, f"changed since the run began, which goes on with what is there: {listed(changed)}")
+    for part, what in (("code", "what changed since may change its course"), ("shared", "the last bits may differ")):
+        before, here = old["machine"][part], new["machine"][part]
+        note(before != here, f"the run began with {part} {before}, and goes on with {here}: {what}")
     done, epochs = len(saved["log"]), new["epochs"]
     was = new["lr"] * lr_at(done * new["steps"], old["epochs"] * new["steps"], new["schedule"])
     now = new["lr"] * lr_at(done * new["steps"], epochs * new["steps"], new["schedule"])
-    if done >= epochs:
-        warnings.warn(f"{last}: has {done} epochs, --epochs is {epochs}: nothing is left to do", stacklevel=2)
-    elif old["epochs"] != epochs:
-        warnings.warn(f"--epochs was {old['epochs']}, is {epochs}: the learning rate goes on at {now:.2g} instead of "
-                      f"{was:.2g}", stacklevel=2)
+    note(done >= epochs, f"{last}: has {done} epochs, --epochs is {epochs}: nothing is left to do")
+    note(done < epochs and epochs != old["epochs"], f"--epochs was {old['epochs']}, is {epochs}: the learning rate goes on at "
+         f"{now:.2g} instead of {was:.2g}")
 
 
 def claim_folder(args: argparse.Namespace, machine: dict) -> Path:
     """Make the run folder, with the arguments of this start: args.json; when a run goes on, args-2.json and so on.
 
-    Of two new runs at once, one gets the folder and the other is refused.
+    Of two new runs at once, one gets the folder and the other is refused, even in the same moment: "x" makes a file
+    only where there is none.
     """
     out = Path(args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
-    taken = f"{out}: holds a run; add --resume to go on with it, or choose another --out"
-    with data.one_line(out):
-        out.mkdir(parents=True, exist_ok=True)
-        starts = len(list(out.glob("args*.json")))
-        there = any(path for name in ("args*.json", "*.pt", "log.csv", "split.json") for path in out.glob(name))
-        require(args.resume or not there, taken)
-        if there and not (out / "last.pt").exists():
-            warnings.warn(f"{out}: holds no last.pt to go on from; the run begins anew", stacklevel=2)
-        try:
-            with open(out / (f"args-{starts + 1}.json" if starts else "args.json"), "x") as file:
-                json.dump(vars(args) | {"machine": machine}, file, indent=1)
-        except FileExistsError:
-            raise DataError(taken) from None
+    out.mkdir(parents=True, exist_ok=True)
+    starts = len(list(out.glob("args*.json")))
+    there = any(path for name in ("args*.json", "*.pt", "log.csv", "split.json") for path in out.glob(name))
+    require(args.resume or not there, f"{out}: holds a run; add --resume to go on, or choose another --out")
+    lost = there and not (out / "last.pt").exists()
+    note(lost, f"{out}: holds no last.pt to go on from; the run begins anew")
+    with open(out / (f"args-{starts + 1}.json" if starts else "args.json"), "x") as file:
+        json.dump(vars(args) | {"machine": machine}, file, indent=1)
     return out
 
 
 # --------------------------------------------------------------------------------------------------------- the command
-
-
-EXAMPLES = """examples:
-  python train.py --data Task02_Heart --out runs/heart            a new run
-  python train.py --data Task02_Heart --out runs/heart --resume   go on where it stopped
-  python train.py --data Task02_Heart --dims 2                    by slices, whatever the voxels"""
 
 
 def number(low: float, high: float = 1e6, kind: type = int) -> Callable[[str], float]:
@@ -758,10 +722,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `train.train(train.parse_args(["--data", "phantom"]))` runs it from Python."""
-    parser = argparse.ArgumentParser(
-        description="Train a U-Net to segment an organ in MRI.", formatter_class=Help, epilog=EXAMPLES)
+    *told, commands = __doc__.split("\n\n")  # the first line and the last paragraph of this file's docstring
+    parser = argparse.ArgumentParser(description=told[0], epilog=f"examples:\n{commands}", formatter_class=Help)
     positive, share = number(1), partial(number, kind=float)
-    slices, patches = DEFAULTS[2], DEFAULTS[3]
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="DIR", help="imagesTr/ + labelsTr/, or images/ + labels/")
     add("--cache", default="cache", metavar="DIR", help="where preprocessed scans are kept")
@@ -781,8 +744,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dims", type=int, choices=(2, 3), help="2: slices, 3: patches (default: 3, but 2 of voxels more than 1.5 "
         "times as long as they are wide, or of fewer than 16 slices)")
     add("--width", type=positive, default=16, metavar="N", help="channels of the first level")
-    add("--depth", type=number(0, 8), metavar="N",
-        help=f"poolings (default: {slices['depth']}, in 3D {patches['depth']})")
+    add("--depth", type=number(0, 8), metavar="N", help=f"poolings (default: {DEPTH[2]}, in 3D {DEPTH[3]})")
     add("--stem", type=number(1, 8), metavar="N", help="voxels a side that enter as channels, 1: classical "
         "(default: 2; 4 of voxels below 0.9 mm; 1 of slices, in 3D scans, below 64 voxels a side)")
     add("--norm", default="batch", choices=("none", "batch", "instance"), help="normalisation layers")
@@ -790,8 +752,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="bce_dice", choices=tuple(LOSSES), help="training loss")
-    add("--epochs", type=positive, metavar="N", help="how often to validate and save "
-        f"(default: {slices['epochs']}, in 3D {patches['epochs']})")
+    add("--epochs", type=positive, metavar="N", help=f"how often to validate (default: {EPOCHS[2]}, in 3D {EPOCHS[3]})")
     add("--steps", "--limit-batches", type=positive, default=250, metavar="N", help="batches an epoch")
     add("--batch-size", type=positive, metavar="N", help="of all processes together (default: as many as keep a step "
         "short, 4 to 16 slices, 2 to 16 patches, a multiple of the processes)")
@@ -828,15 +789,15 @@ def train(args: argparse.Namespace) -> dict:
     Raises:
         DataError: input that cannot be trained on, or a disk that is full, in one line.
     """
-    started, args = time.perf_counter(), copy.copy(args)  # what is filled in is of these data
+    started, args = time.perf_counter(), argparse.Namespace(**vars(args))  # a copy: what is filled in is of these data
     engine = fit_loop if args.engine == "loop" else fit_lightning
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):                  # Trainer(benchmark=)
+        # As by Trainer(benchmark=); and a disk that is full is told in one line.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True), data.one_line(args.out or "runs"):
             run = prepare(args)
             pairs = {pair.name: pair for pair in data.find_pairs(args.data)}  # now: a file may be gone in the end
             if not run.saved or len(run.saved["log"]) < args.epochs:
-                with data.one_line(run.out):
-                    engine(run)
+                engine(run)
         if run.world_size > 1:
             dist.barrier()  # until the first process has saved
     except torch.cuda.OutOfMemoryError:

@@ -159,8 +159,7 @@ def framed(picture: np.ndarray, masks: Sequence, zoom: float, caption: str, name
 
 def png(figure: Figure) -> bytes:
     """The figure as the content of a PNG file."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
+    figure.savefig(file := io.BytesIO(), format="png")
     return file.getvalue()
 
 

@@ -24,10 +24,10 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (513, set()),
-    "predict": (252, {"data", "metrics", "unet"}),
-    "train": (622, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (321, {"data", "predict"}),
+    "data": (489, set()),
+    "predict": (236, {"data", "metrics", "unet"}),
+    "train": (585, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "visualize": (320, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")

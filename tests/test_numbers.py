@@ -43,7 +43,8 @@ def test_a_bad_batch_is_left_out_and_counted_by_both_engines(quick, tmp_path, mo
         return index % 16 == 3
 
     poison(monkeypatch, value, bad)
-    monkeypatch.setattr(train, "has_fused", lambda device: fused)
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *parts, **how: plain(*parts, **how | {"fused": fused}))
     job, skipped = [*quick, *RUN, "--precision", precision], []
     prepared = train.prepare(train.parse_args([*job, "--out", str(tmp_path / "prepared")]))
     assert bool(prepared.optimizer.defaults["fused"]) == fused

@@ -320,7 +320,7 @@ def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms,
     told = capsys.readouterr().err
     assert "added since the run began, left out: la_0000" in told and "goes on with what is there: la_001" in told
     assert "--epochs was 1, is 3: the learning rate goes on at" in told and told.count("note:") == 4
-    assert "the run began with the code" in told
+    assert "the run began with code" in told
     after = snapshot(tmp_path / "run")
     assert after["split.json"] == before["split.json"]
     starts = [json.loads(after[name])["epochs"] for name in ("args.json", "args-2.json")]
