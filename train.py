@@ -675,8 +675,8 @@ def compare(saved: dict, recipe: dict, last: Path) -> None:
     was = new["lr"] * lr_at(done * new["steps"], old["epochs"] * new["steps"], new["schedule"])
     now = new["lr"] * lr_at(done * new["steps"], epochs * new["steps"], new["schedule"])
     note(done >= epochs, f"{last}: has {done} epochs, --epochs is {epochs}: nothing is left to do")
-    note(done < epochs and epochs != old["epochs"], f"--epochs was {old['epochs']}, is {epochs}: the learning rate goes on at "
-         f"{now:.2g} instead of {was:.2g}")
+    longer = done < epochs and epochs != old["epochs"]
+    note(longer, f"--epochs was {old['epochs']}, is {epochs}: the learning rate goes on at {now:.2g}, not {was:.2g}")
 
 
 def claim_folder(args: argparse.Namespace, machine: dict) -> Path:

@@ -24,7 +24,7 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (489, set()),
+    "data": (490, set()),
     "predict": (236, {"data", "metrics", "unet"}),
     "train": (585, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "visualize": (320, {"data", "predict"}),
