@@ -293,7 +293,7 @@ def first_line(error: Exception) -> str:
 
 def listed(values: Sequence, between: str = ", ") -> str:
     """The first of some numbers or names, for a message."""
-    words = between.join(value if isinstance(value, str) else f"{value:g}" for value in values[:6])
+    words = between.join(str(value) if isinstance(value, str | int) else f"{value:g}" for value in values[:6])
     return words + ", ..." if len(values) > 6 else words
 
 
