@@ -114,8 +114,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write rows of the same keys as a table, whole or not at all."""
-    table = csv.DictWriter(text := io.StringIO(), list(rows[0]))
+    """Write rows as a table, whole or not at all. What a row lacks is empty: a run may go on with one column more."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = csv.DictWriter(text := io.StringIO(), columns)
     table.writeheader()
     table.writerows(rows)
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"))  # a file's name may be no UTF-8
@@ -492,6 +493,9 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
     array = array[:, crop : array.shape[1] - crop, crop : array.shape[2] - crop]
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
+    usual = 0.5 <= min(factors) <= max(factors) <= 2
+    note(not usual, f"{name}: a voxel is {listed(spacing, ' x ')} mm (D H W), {listed(factors, ' x ')} times the usual "
+         "one; is that so, or is its header wrong?")
     if how["normalise"] == "percentile":
         array = array.clip(*np.percentile(array, (0.5, 99.5)).astype(np.float32))
     low, high = float(array.min()), float(array.max())

@@ -36,7 +36,8 @@ from data import DataError, Scan, crop_or_pad, note, require
 from metrics import score
 from unet import UNet
 
-VERSION = 4  # of the checkpoint; train.py writes it, load_checkpoint understands it
+# Of the checkpoint. To be raised, too, when `preprocess`, `undo_preprocess` or `UNet` come to mean something else.
+VERSION = 4
 # So begin the header fields that a mask copies from its scan: where the voxels lie, and nothing of what they meant.
 GEOMETRY = ("pixdim", "xyzt", "q", "sform", "srow")
 
@@ -272,10 +273,13 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
     labels = data.by_name(data.nifti_files(Path(args.labels)), known) if args.labels else {}
     unlabelled = sorted(scans.keys() - labels.keys()) if labels else []
     require(not unlabelled, f"{args.labels}: no label for {data.listed(unlabelled)}; they are matched by name")
+    sums = {name: zlib.crc32(path.read_bytes()) for name, path in scans.items()}
+    others = [name for name, crc in sums.items() if name in known and known[name][0] != crc]
+    note(args.held_out and others, f"another file than the run's, but for the name: {data.listed(others)}")
     if labels:  # of these scans alone; trained on, by name, and by content: scans may have been numbered anew
         labels = {name: labels[name] for name in scans}
-        sums = {scan for name, (scan, *_) in known.items() if name in trained}
-        seen = [name for name, path in scans.items() if name in trained or zlib.crc32(path.read_bytes()) in sums]
+        learnt = {known[name][0] for name in trained if name in known}
+        seen = [name for name, crc in sums.items() if name in trained or crc in learnt]
         note(seen, f"by name or content, the network was trained on {len(seen)} of these {len(scans)} scans: "
              f"{data.listed(seen)}; scores on them say nothing about new scans")
     channels = [name for name in scans if name.endswith("_0001") and f"{name[:-4]}0000" in scans]
@@ -293,8 +297,8 @@ def choose_files(args: argparse.Namespace, checkpoint: dict) -> tuple[dict, dict
             ours = image.header["descrip"] == description(data.read_voxels(image, path), scans[name])
             require(ours, f"{path}: was there before, and predict.py did not write it so of {scans[name]}; choose "
                     "another --out")
-    others = sorted({path.name for path in Path(args.out).glob("*.nii.gz")} - {path.name for path in masks.values()})
-    note(others, f"{args.out} holds masks that were there before: {data.listed(others)}")
+    there = sorted({path.name for path in Path(args.out).glob("*.nii*")} - {path.name for path in masks.values()})
+    note(there, f"{args.out} holds masks that were there before: {data.listed(there)}")
     table = Path(args.out, "scores.csv")
     note(table.exists() and not labels, f"{table} was there before: it is not of these masks")
     ours = not labels or not table.exists() or table.read_bytes().startswith(b"name,mask,confidence,")
@@ -311,6 +315,8 @@ def predict(args: argparse.Namespace) -> list[dict]:
     net, how = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"]
     scans, labels, masks = choose_files(args, checkpoint)
     keep_freed_memory()
+    if labels:  # the scores of earlier masks, if this breaks off
+        Path(args.out, "scores.csv").unlink(missing_ok=True)
 
     rows, values = [], {}
     bar = "{desc} {n_fmt} of {total_fmt} scans, {remaining} left |{bar}|"

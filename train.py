@@ -245,6 +245,8 @@ def lr_at(step: int, total: int, schedule: str = "onecycle") -> float:
     """
     if schedule == "constant":
         return 1.0
+    if schedule != "onecycle":
+        raise ValueError(f"schedule is {schedule!r}; choose from onecycle, constant")
     warmup = max(total // 5, 1)
     if step < warmup:
         return (step + 1) / warmup
@@ -413,7 +415,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 # ---------------------------------------------------------------------------------------------------- before the loop
 
-# One more without a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each.
+# One more without a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each but "bce".
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEPTH, EPOCHS = {2: 3, 3: 2}, {2: 22, 3: 12}
@@ -555,8 +557,11 @@ def describe(device: torch.device, workers: int, world_size: int) -> dict[str, s
         model = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
         name = f"{data.cpu_count()} cores, {model}, {torch.backends.cpu.get_cpu_capability()}"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.nan
+    # Git knows no two edits of one commit apart, so what was edited is summed up beside it.
+    names = ("data", "losses", "metrics", "predict", "train", "unet")
+    edited = zlib.crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names))
     return {
-        "code": found.stdout.strip() if found and found.stdout else "no git checkout",
+        "code": f"{found.stdout.strip() if found and found.stdout else 'no git checkout'}, {edited:08x}",
         "versions": f"PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.system()}",
         "device": f"{device}, {name}, {memory / 2**30:.0f} GB",
         "shared": f"{torch.get_num_threads()} threads, {workers} workers, {world_size} processes",
@@ -663,7 +668,7 @@ def keep_split(pairs: Sequence[data.Pair], split: dict[str, list[str]], root: st
 def compare(saved: dict, recipe: dict, last: Path) -> None:
     """Refuse to go on with another recipe; say what is allowed to differ, and what that does."""
     old, new = {**saved, **saved["args"]}, {**recipe, **recipe["args"]}
-    for name in sorted(new.keys() - MAY_CHANGE - {"args", "files", "machine"}):
+    for name in ["dims", *sorted(new.keys() - MAY_CHANGE - {"args", "files", "machine"})]:  # others follow from dims
         require(old.get(name) == new[name], f"{last}: was trained with {name} {old.get(name)}, not {new[name]}; repeat "
                 "that, or choose another --out")
     changed = [name for name, sums in new["files"].items() if sums != old["files"][name]]
@@ -820,6 +825,7 @@ def closing(args: argparse.Namespace, pairs: dict[str, data.Pair], result: dict,
     lines = [f"{seconds / 60:.1f} minutes; checkpoints, log.csv, validation.png and curves.png in {out}", "next:"]
     if scans:
         best = f"best.pt: {max(dices):.4f} after epoch {dices.index(max(dices)) + 1}"
+        best = best if Path(out, "best.pt").exists() else "best.pt is gone"
         lines = [predict.summarise([{"name": name, "dice": value} for name, value in scans.items()]),
                  f"last.pt: Dice {dices[-1]:.4f} after the last epoch; {best}", *lines]
     name = min(scans, key=scans.get) if scans else result["split"]["train"][0]  # the worst says the most

@@ -39,7 +39,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 ERRORS = {"correct": (86, 180, 233), "missed": (240, 228, 66), "false": (213, 94, 0)}  # sky blue, yellow, vermilion
-MASKS = ((86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115))  # sky blue, orange, purple, bluish green
+MASKS = ((86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115),  # sky blue, orange, purple, bluish green,
+         (0, 114, 178), (240, 228, 66), (213, 94, 0), (255, 255, 255))  # blue, yellow, vermilion, white
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")  # the darker ones, for a white background
 WORDS = {"correct": "blue: correct", "missed": "yellow: missed, truth only", "false": "red: false, prediction only"}
 LETTERS = ("SIAP", "SIRL", "APRL")  # top, bottom, left, right of a slice across axis 0, 1, 2 (data.py: PLANES)
@@ -445,7 +446,7 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, seconds_per_frame: 
     One palette serves all frames: greys, and the same greys under each colour. They are few, because a GIF shrinks what
     repeats itself, and the noise of a scan in many greys never does.
     """
-    greys, pure = np.linspace(0, 255, 24)[:, None], np.array([*ERRORS.values(), *MASKS[1:]])
+    greys, pure = np.linspace(0, 255, 24)[:, None], np.unique([*ERRORS.values(), *MASKS], axis=0)
     tints = [greys + FILL * (colour - greys) for colour in pure]
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.concatenate((greys.repeat(3, axis=1), pure, *tints)).astype(np.uint8).tobytes())
@@ -501,6 +502,8 @@ def draw(args: argparse.Namespace) -> None:
     data.require(0 <= args.count <= 1000, f"--count {args.count}: give 1 to 1000 slices, or 0 for all")
     with data.one_line(out):
         if kind == "curves":
+            splits = {path.read_bytes() for path in (Path(run, "split.json") for run in files) if path.exists()}
+            data.note(len(splits) > 1, "these runs were not validated on the same scans: see their split.json")
             save(curves(*map(read_log, files), names=files), out)
         elif kind == "layers":
             save(layers(*fullest_slice(*files)), out)

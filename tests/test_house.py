@@ -24,10 +24,10 @@ HOUSE = {
     "unet": (105, set()),
     "losses": (30, set()),
     "metrics": (40, set()),
-    "data": (490, set()),
-    "predict": (236, {"data", "metrics", "unet"}),
-    "train": (585, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
-    "visualize": (320, {"data", "predict"}),
+    "data": (494, set()),
+    "predict": (241, {"data", "metrics", "unet"}),
+    "train": (590, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "visualize": (323, {"data", "predict"}),
     "phantom": (140, set()),
 }
 ALONE = ("unet", "losses", "metrics", "data", "visualize", "phantom")
@@ -63,7 +63,7 @@ def test_a_file_is_read_in_one_sitting(name):
     source = (ROOT / f"{name}.py").read_text()
     lines, tree = code_lines(source), ast.parse(source)
     budget, siblings = HOUSE[name]
-    assert len(lines) <= budget
+    assert len(lines) <= budget, f"{name}.py has {len(lines)} lines of code: raise HOUSE, and say why: CONTRIBUTING.md"
     assert imported(tree) & set(HOUSE) <= siblings
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
