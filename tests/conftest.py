@@ -45,8 +45,9 @@ def phantoms(tmp_path_factory):
 
 @pytest.fixture
 def traced():
-    """Memory is counted: `tracemalloc.get_traced_memory`."""
-    yield tracemalloc.start()
+    """Counts memory from now on; called, it gives the most that was held at once, in bytes."""
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
 

@@ -7,7 +7,6 @@ import pickle
 import signal
 import threading
 import time
-import tracemalloc
 from itertools import count, permutations, product
 from pathlib import Path
 from unittest.mock import Mock
@@ -29,11 +28,13 @@ CODES = ["".join(codes) for order in permutations(("LR", "PA", "IS")) for codes 
 fork = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")  # Windows has spawn alone
 
 
-def stored_as(codes, array, spacing, turn=("z", 0)):
-    """A patient's array on axes R, A, S as a file on axes `codes` holds it, turned by degrees."""
-    turned = Rotation.from_euler(*turn, degrees=True).as_matrix() @ np.diag(spacing)
-    image = nib.Nifti1Image(array, nib.affines.from_matvec(turned))
-    return image.as_reoriented(ornt_transform(*map(axcodes2ornt, ("RAS", codes))))
+def stored_as(codes, array, spacing, turn=("z", 0), form=(1, 0)):
+    """A patient's array on axes R, A, S as a file on axes `codes` holds it, turned by degrees. Form: the header's codes
+    of sform and qform, which say where the affine stands."""
+    affine = nib.affines.from_matvec(Rotation.from_euler(*turn, degrees=True).as_matrix() @ np.diag(spacing))
+    image = nib.Nifti1Image(array, affine).as_reoriented(ornt_transform(*map(axcodes2ornt, ("RAS", codes))))
+    image.header["sform_code"], image.header["qform_code"] = form
+    return image
 
 
 def kinds(scan):
@@ -83,26 +84,23 @@ def test_split_by_patient():
 def test_all_48_orientations_come_upright_and_go_back_and_labels_with_them(tmp_path, axis, turn, ways):
     """No voxel is changed, oblique or not. Of a scan with an sform alone and a label with a qform, or stored otherwise,
     the label was refused; at 45 degrees a last digit decided which axis is the closest of each."""
-    def write(name, form, image):
-        image.header["sform_code"], image.header["qform_code"] = form
-        nib.save(image, tmp_path / name)
-        return tmp_path / name
-
     patient = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)  # on axes R, A, S
     spacing, organ = np.array((0.7, 0.9, 4.0)), np.random.default_rng(0).integers(0, 2, patient.shape, np.uint8)
     order = [(0, 2, 1), (1, 2, 0), (2, 1, 0)][axis]  # D, H, W
     expected = patient.transpose(order)[:: 1 if axis == 2 else -1, ::-1, ::-1]
     for codes, form in product(ways, ((1, 0), (0, 1))):
-        stored = stored_as(codes, patient, spacing, turn)
-        scan = data.read_scan(write("scan.nii", form, stored), axis)
+        stored = stored_as(codes, patient, spacing, turn, form)
+        nib.save(stored, tmp_path / "scan.nii")
+        nib.save(stored_as("LPS", organ, spacing, turn, form[::-1]), tmp_path / "label.nii")
+        scan = data.read_scan(tmp_path / "scan.nii", axis)
         assert np.array_equal(scan.restore(scan.array), stored.dataobj), codes
         with pytest.raises(ValueError, match="the scan's is"):  # as many voxels: a scrambled mask was written
             scan.restore(scan.array.transpose(1, 2, 0))
         if ways is CODES:  # else two orientations are equally close
             assert np.array_equal(scan.array, expected), codes
             assert scan.spacing == pytest.approx(spacing[list(order)], abs=1e-5)
-        label = write("label.nii", form[::-1], stored_as("LPS", organ, spacing, turn))
-        assert np.array_equal(data.read_mask(label, scan), organ.flat[scan.array.astype(int)]), codes
+        mask = data.read_mask(tmp_path / "label.nii", scan)
+        assert np.array_equal(mask, organ.flat[scan.array.astype(int)]), codes
 
 
 def test_the_coarsest_axis_is_the_slice_axis(pairs):
@@ -120,8 +118,7 @@ def test_nan_and_infinity_of_a_scan_become_the_lowest_voxel(tmp_path, write_nift
 
 
 @pytest.mark.parametrize(("values", "dtype", "label", "expected"), [
-    ([0, 255], "u1", None, [255]), ([0, 255], "u1", [1], []),
-    ([0, 1, 2, 3], "f4", None, [1, 2, 3]), ([0, 1, 2, 3], "i2", [2, 3], [2, 3]),
+    ([0, 1, 2, 255], "u1", None, [1, 2, 255]), ([0, 1, 2, 3], "f4", [2, 3], [2, 3]), ([0, 255], "u1", [1], []),
     *(([0, 2**24, 2**24 + 1], dtype, [2**24 + 1], [2**24 + 1]) for dtype in ("i4", "f8")),
     # Other programs write 1.00002 for 1: told, and rounded.
     ([0, 1.00002, 1.995, 0.004, -0.004], "f4", None, np.float32([1.00002, 1.995])),
@@ -132,8 +129,7 @@ def test_which_values_are_foreground(tmp_path, write_nifti, recwarn, values, dty
     stored = np.resize(values, (4, 4, 4)).astype(dtype)
     scan = data.read_scan(write_nifti(tmp_path / "scan.nii", np.zeros((4, 4, 4), np.uint8)))
     mask = data.read_mask(write_nifti(tmp_path / "label.nii", stored), scan, label)
-    told = "".join(str(warning.message) for warning in recwarn)
-    assert ("rounded" in told) == (1.995 in values) and ("for one organ" in told) == (label is None and len(values) > 2)
+    assert any("rounded" in str(warning.message) for warning in recwarn) == (1.995 in values)
     assert mask.dtype == np.uint8 and np.array_equal(scan.restore(mask), np.isin(stored, expected))
 
 
@@ -229,9 +225,7 @@ def test_other_preprocessing_code_or_another_file_is_another_entry(pairs, tmp_pa
     path.write_bytes(gzip.compress(content, 0))  # stored, not packed: the size stays when a voxel changes
     first, status = entry(), path.stat()
     for change in ({"normalise": "minmax"}, {"crop": 1}, {"axis": 0}, {"label": [2]}, {"spacing": [None, 0.5, 0.5]}):
-        arrays = zip(kinds(first), kinds(entry(**change)), strict=True)
-        assert any(a.shape != b.shape or (a != b).any() for a, b in arrays), change
-    assert entry() == first
+        assert not all(map(np.array_equal, kinds(first), kinds(entry(**change)))), change
     time.sleep(0.01)  # the clock of the file system may be coarse
     path.write_bytes(gzip.compress(content[:-1] + b"\1", 0))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -282,7 +276,7 @@ def test_a_cold_cache_holds_few_scans_and_few_bytes_a_voxel(pairs, tmp_path, wri
     for path, high in ((pairs[0].image, 200), (pairs[0].label, 2)):
         write_nifti(path, rng.integers(0, high, (96, 96, 48), np.uint8))
     data.cache_scan(pairs[0], HOW | {"normalise": "percentile"}, tmp_path / "cache")
-    assert tracemalloc.get_traced_memory()[1] < 18 * 96 * 96 * 48
+    assert traced() < 18 * 96 * 96 * 48
     monkeypatch.setattr(data, "read_scan", slowly)
     monkeypatch.setattr(data, "cpu_count", lambda: 16)
     data.cache_scans([pairs[1]._replace(name=str(i)) for i in range(16)], HOW, tmp_path / "other")
@@ -374,5 +368,5 @@ def test_memory_and_open_files_do_not_grow_with_the_data(tmp_path, traced, kind,
     dataset = kind([data.CachedScan(str(i), tmp_path / str(i)) for i in range(200)], size)
     for i in range(0, len(dataset), 8):
         dataset[i]
-    assert tracemalloc.get_traced_memory()[1] < 4e6 and len(pickle.dumps(dataset)) < 1e5
+    assert traced() < 4e6 and len(pickle.dumps(dataset)) < 1e5
     assert len(os.listdir("/dev/fd")) < before + 150
