@@ -211,7 +211,6 @@ TAKEN = [  # the commands; what it is; what is planted
      {A: nib.Nifti1Image(SCAN, np.eye(4), nib.Nifti1Header(endianness=">"))}),
     ("train --label 5, data --label 5 6", "an atlas", dict.fromkeys(LABELS, ATLAS)),
     ("train, score", "one slice", dict.fromkeys(SCANS, SCAN[..., 2:3]) | dict.fromkeys(LABELS, MASK[..., 2:3])),
-    ("train --size 64 48", "slices smaller than --size"),
 ]
 NAMES = [("left atrium", "心" * 80, "l" * 248), ("-x", "100%s", "a.b")]
 if sys.platform == "linux":  # names that other systems do not allow
