@@ -234,14 +234,14 @@ def run(tmp_path, monkeypatch, capsys):
     knows ASCII alone. Other names ended a run, and it was lost."""
     def command(met_by):
         name, *flags = met_by.split()
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="ascii", errors="strict")
         try:
             code = COMMANDS[name][0].main([*COMMANDS[name][1].split(), *flags])
         except SystemExit as end:  # argparse's own
             code = end.code
         return code, *capsys.readouterr()
 
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="ascii")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(visualize, "png", lambda figure: b"")  # pictures have tests of their own, and take time
     monkeypatch.setattr(visualize, "rgb", lambda figure: np.zeros((2, 2, 3), np.uint8))
