@@ -1,6 +1,7 @@
 """What the tests share: a small phantom data set, a writer of NIfTI files, and the marks that skip."""
 
 import os
+import tracemalloc
 
 os.environ["OMP_NUM_THREADS"] = "1"  # networks of a few thousand parameters: more threads only get in their own way
 
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(config, items):
 def phantoms(tmp_path_factory):
     """Six synthetic scans at half size: a Decathlon folder."""
     return phantom.write_dataset(tmp_path_factory.mktemp("phantoms") / "data", scans=6, seed=1, size=0.5)
+
+
+@pytest.fixture
+def traced():
+    """Counts memory from now on; called, it gives the most that was held at once, in bytes."""
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
 
 
 @pytest.fixture
