@@ -6,6 +6,7 @@ changed or looks wrong. Taken: exit code 0, and not a word. The tables are also 
 
 import gzip
 import io
+import os
 import shutil
 import sys
 from itertools import product
@@ -95,6 +96,11 @@ def saved(content=None, **changes):
     return file.getvalue()
 
 
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
 NUMBERS = {"label": "0", "spacing": "0 nan inf", "depth": "-1 30", "seed": f"-1 {2**64}", "lr": "-1 nan", "size": "0"}
 PLAIN = image(SCAN).to_bytes()
 SOUND, OTHER_SUM = gzip.compress(PLAIN), gzip.compress(PLAIN)[:-8] + b"1234" + gzip.compress(PLAIN)[-4:]
@@ -178,7 +184,7 @@ REFUSED = [
     (NETS, "last.pt: ; checkpoint; train.py", b"garbage" * 99, saved()[:999], saved({"state_dict": {}})),
     (NETS, "last.pt: checkpoint version is; train it anew", saved(version=1), saved(version=99, split=None)),
     (NETS, "last.pt: ; do not fit", saved(network=TINY | {"width": 3}), saved(network=TINY | {"width": 10**6})),
-    (NETS, "last.pt: holds code, pathlib; which was not run: no", saved(model=Path()), saved(note=Path())),
+    (NETS, "last.pt: holds code, posix.mkdir, which was not run: no", saved(model=Payload()), saved(note=Payload())),
 ]
 NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("data --label 1 9, train --label 1 9", "1 of 3 scans hold no voxel of label 1 or 9: a; --label 1 9: 9 is in no",
@@ -192,6 +198,10 @@ NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("predict", f"{A}: its header says voxels of 1 x 1 x 1 mm, its affine 1.4 x 1.11803 x 1; the affine is taken; "
      "not at right angles; mm and ml", header(srow_x=[1.4, 0.5, 0, 0])),
     ("predict", "out/scores.csv was there before: it is not of these masks", {"out/scores.csv": b""}),
+    ("predict --held-out", "another file than the run's, but for the name: a", {"last.pt": saved(
+        split={"train": [], "val": ["a", "b", "c"]}, files={"a": [1, 1]})}),
+    ("train, predict, score", f"{A}: a voxel is 3 x 3 x 3 mm (D H W); times the usual one; is its header wrong?",
+     dict.fromkeys((A, LABEL), None) | {A: image(SCAN, [3] * 3), LABEL: image(MASK, [3] * 3)}),
     ("train --crop 5, train --crop 3", "--crop; the organ reaches the border of what is left of a, b, c",
      dict.fromkeys(LABELS, MASK[::-1])),
     ("predict", "x_0001: if these are second channels of a patient; leave them out", rename("x_0000", "x_0001")),
