@@ -40,7 +40,3 @@ def test_the_snippet_turns_a_folder_a_patient_into_a_data_set(tmp_path, monkeypa
     mask = data.read_mask(pair.label, data.read_scan(pair.image))
     assert mask.shape == (6, 12, 16) and mask.sum() == 4 * 5 * 5 and mask[1:5, 3:8, 4:9].all()
     assert list(predict.find_scans(["LA2018"])) == list(predict.find_scans(["LA2018/labelsTs"])) == ["4URSJYI2QUH"]
-
-
-def test_it_names_the_folders_and_the_usual_split():
-    assert all(words in TEXT for words in ("`Training Set`", "`Testing Set`", "80", "20", "laendo.nrrd"))

@@ -4,13 +4,12 @@ import inspect
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
+from test_docs import README, ROOT, commands
 
 import train
 
-ROOT = Path(__file__).resolve().parents[1]
 jupytext = pytest.importorskip("jupytext", reason="jupytext is not installed; requirements-dev.txt names it")
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; it comes with jupytext")
 
@@ -81,14 +80,9 @@ def test_a_student_reads_it_in_one_sitting():
 
 
 def test_its_commands_are_those_of_the_readme():
-    """README's fenced commands are run by a test of their own."""
-
-    def commands(text):
-        blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.DOTALL)
-        return [" ".join(line.partition(" #")[0].split()) for block in blocks for line in block.splitlines()]
-
+    """Which test_docs.py runs."""
     told = commands("\n".join(cell.source for cell in notebook().cells if cell.cell_type == "markdown"))
-    assert len(told) == 5 and set(told) <= set(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert len(told) == 5 and set(told) <= set(commands(README))
 
 
 def test_it_runs(tmp_path, monkeypatch):
