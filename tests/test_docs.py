@@ -16,7 +16,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import data
 import phantom
+import predict
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,12 @@ def commands(text):
     """The lines of the blocks of bash, without their comments."""
     blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.S)
     return [" ".join(line.partition(" #")[0].split()) for block in blocks for line in block.splitlines()]
+
+
+def python(text):
+    """The one block of Python."""
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    return block
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,7 @@ def test_commands_of_the_readme_run(heart, tmp_path, monkeypatch, capsys):
         assert "Traceback" not in told.err and told.out, command
         if out := re.search(r"--out (\S+)", command):
             assert Path(out[1]).exists(), command
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
+    exec(python(README), {})
 
 
 @pytest.mark.slow
@@ -87,7 +95,7 @@ def test_commands_for_clusters_run(heart, tmp_path):
         assert run.returncode == 0, (command, run.stderr)
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/cluster.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/cluster.md", "docs/challenge.md", "benchmarks/README.md"])
 def test_every_flag_and_file_that_is_named_exists(path, capsys):
     text = (ROOT / path).read_text()
     with pytest.raises(SystemExit):
@@ -97,3 +105,31 @@ def test_every_flag_and_file_that_is_named_exists(path, capsys):
         assert not [flag for flag in re.findall(r"--[\w-]+", words) if flag not in known], words
     for link in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (ROOT / path).parent.joinpath(link).exists(), link
+
+
+def test_the_snippet_turns_a_folder_a_patient_into_a_data_set(tmp_path, monkeypatch, capsys):
+    """docs/challenge.md, for the challenge's own layout: data.py finds no problem in what its Python makes."""
+    sitk = pytest.importorskip("SimpleITK", reason="pip install SimpleITK")
+    monkeypatch.chdir(tmp_path)
+    rng, atrium = np.random.default_rng(0), np.zeros((6, 12, 16), np.uint8)
+    atrium[1:5, 3:8, 4:9] = 255
+    patients = ("Training Set/0RZDK210BSMW", "Training Set/1D7CUD1955YZ", "Testing Set/4URSJYI2QUH")
+    for n, patient in enumerate(patients):
+        Path(patient).mkdir(parents=True)
+        for name, array in (("lgemri", np.uint8(rng.integers(0, 99, atrium.shape) + atrium // 2)), ("laendo", atrium)):
+            image = sitk.GetImageFromArray(array)
+            image.SetSpacing((0.625, 0.625, 1.25))
+            image.SetOrigin((-30.0 + n, 20.0, 5.0))
+            sitk.WriteImage(image, f"{patient}/{name}.nrrd")
+    Path("Training Set/desktop.ini").write_text("")  # is in the download
+    assert data.main(["Training Set"]) == 2 and "docs/challenge.md" in capsys.readouterr().err
+
+    exec(python((ROOT / "docs" / "challenge.md").read_text()), {})
+    assert data.main(["LA2018"]) == 0
+    told = capsys.readouterr()
+    assert told.out.endswith("2 pairs, 0 problems\n") and told.err == ""
+    (pair, _), scan = data.find_pairs("LA2018"), nib.load("LA2018/imagesTs/4URSJYI2QUH.nii.gz")
+    assert pair.name == "0RZDK210BSMW" and nib.aff2axcodes(scan.affine) == ("L", "P", "S")
+    mask = data.read_mask(pair.label, data.read_scan(pair.image))
+    assert mask.shape == (6, 12, 16) and mask.sum() == 4 * 5 * 5 and mask[1:5, 3:8, 4:9].all()
+    assert list(predict.find_scans(["LA2018"])) == list(predict.find_scans(["LA2018/labelsTs"])) == ["4URSJYI2QUH"]
