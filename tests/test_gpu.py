@@ -102,18 +102,14 @@ def test_batches_come_in_pinned_memory(quick):
     assert images.is_pinned() and masks.is_pinned()
 
 
-@pytest.fixture
-def small_card():
-    """A card of 32 MB."""
+def test_out_of_memory_names_the_flag_to_lower(quick, capsys):
+    """On a card of 32 MB."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(32e6 / torch.cuda.get_device_properties(0).total_memory)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.empty_cache()
-
-
-def test_out_of_memory_names_the_flag_to_lower(quick, small_card, capsys):
-    assert train.main([*quick, "--device", "cuda", "--width", "64", "--stem", "1"]) == 2
+    try:
+        assert train.main([*quick, "--device", "cuda", "--width", "64", "--stem", "1"]) == 2
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     told = capsys.readouterr().err
     assert "out of GPU memory" in told and "--batch-size" in told and "Traceback" not in told
 
