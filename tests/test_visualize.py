@@ -313,7 +313,7 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(self, content):
-        self.touch()
+        self.write_text("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
