@@ -34,6 +34,7 @@ def truth(tmp_path):
     bright box, and codes and units set."""
     mask = np.zeros((31, 27, 11), np.uint8)
     mask[9:20, 5:16, 3:8] = 1
+    mask[24:28, 20:24, 4:8] = 1  # apart from it, and kept: nobody asked for the largest component alone
     turned = Rotation.from_euler("xz", (17, 17), degrees=True).as_matrix()
     affine = nib.affines.from_matvec(turned @ np.diag([-1, -1, 2.7]), [31.5, -12.25, 7])
     image = nib.Nifti1Image(mask * np.int16(300) + np.arange(31, dtype=np.int16)[:, None, None] % 5, affine)
