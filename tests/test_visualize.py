@@ -146,6 +146,9 @@ def test_planes_cut_through_the_organ_in_one_scale_with_the_head_up():
     bare = visualize.rgb(visualize.planes(np.zeros(shape, np.float32), [organ], (2, 1, 1)))[22:-44, :452]
     dashes = [where(bare, (255, 255, 255)).sum(axis).argmax() for axis in (1, 0)]
     assert dashes == [(900 - 444) // 2 + int(22.5 * zoom), (452 - 333) // 2 + int(12.5 * zoom)]  # through the organ
+    axial = bare[(900 - 444) // 2 :, (452 - 333) // 2 :][:444, :333]
+    letters = visualize.mark(np.zeros_like(axial), visualize.LETTERS[2])
+    assert (axial[where(letters, (255, 255, 255))] == 255).all()
 
 
 def test_augmented_draws_the_slice_and_24_augmentations_in_one_window():
