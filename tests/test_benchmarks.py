@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,41 +22,30 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="taskset, fork and /proc are Linux's")
 
 
-@pytest.fixture
-def dry(phantoms, tmp_path, monkeypatch):
-    """Run rows of the ladder dry, in a folder of their own; their results are in runs/dry/results."""
+def test_rows_run_dry_and_are_passed_over_the_second_time(phantoms, tmp_path, monkeypatch, capsys):
+    """One that predicts otherwise trains nothing; one of the second data set, on another fold; each is a file."""
     monkeypatch.chdir(tmp_path)
     without_pictures(monkeypatch.setattr)
-    command = ["--data", str(phantoms), "--limit-batches", "1", "--workers", "0", "--width", "4", "--depth", "2"]
-    return lambda words: accuracy.main([*command, *words.split()])
-
-
-def test_a_row_runs_dry_and_is_passed_over_the_second_time(dry, phantoms, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(accuracy.ROWS, "parts", ("short", "largest part", "", "--largest-component"))
-    assert dry("--only short parts --seeds 1") == 0
-    out = tmp_path / "runs" / "dry"
-    results = [out / "results" / "ladder" / f"{name}_seed1.json" for name in ("short", "parts")]
-    plain, largest = (json.loads(path.read_text()) for path in results)
-    assert sorted(os.listdir(out)) == ["results", "short_seed1"]  # a row that predicts otherwise trains nothing
+    tiny = "--seeds 1 --limit-batches 1 --workers 0 --width 4 --depth 2 --dims 3 --size 8 32 32 --spacing 6 --stem 1"
+    job = ["--data", str(phantoms), *tiny.split(), "--batch-size", "2", "--fold", "1", "--only"]
+    rows = ["short", "parts", "anterior"]
+    assert accuracy.main([*job, *rows]) == 0
+    folders, out = ("ladder", "ladder", "hippocampus"), tmp_path / "runs" / "dry"
+    paths = [out / "results" / folder / f"{row}_fold1_seed1.json" for folder, row in zip(folders, rows, strict=True)]
+    plain, largest, anterior = (json.loads(path.read_text()) for path in paths)
+    assert sorted(os.listdir(out)) == ["anterior_fold1_seed1", "results", "short_fold1_seed1"]
     assert plain["log"] == largest["log"] and len(plain["log"]) == 1
     assert largest["command"].endswith(" -- --largest-component") and " -- " not in plain["command"]
-    assert "--width 4 --depth 2" in plain["command"] and str(phantoms) not in plain["command"]
+    assert "--label 1 --fold 1" in anterior["command"] and str(phantoms) not in anterior["command"]
     assert all(0 <= row["dice"] <= 1 and "mask" not in row for row in plain["scores"])
     assert {"commit", "date", "hardware", "cores", "threads", "versions", "parameters", "minutes"} <= plain.keys()
     assert set(plain["minutes_to"]) == {"0.90", "0.91", "0.92"}
     assert 0 < plain["waited_for_data"] <= 1 and plain["memory"]["processes_gb"] >= 0
     assert "memory" not in largest and "waited_for_data" not in largest  # this one did not train
     capsys.readouterr()
-    dry("--only short parts --seeds 1")
-    assert capsys.readouterr().out == "short_seed1: done\nparts_seed1: done\n"
-
-
-def test_the_second_data_set_and_several_folds(dry, tmp_path):
-    assert dry("--only anterior --seeds 0 --fold 0 1 --dims 3 --size 8 32 32 --spacing 6 --stem 1 --batch-size 2") == 0
-    results = tmp_path / "runs" / "dry" / "results" / "hippocampus"
-    assert sorted(os.listdir(results)) == ["anterior_fold1_seed0.json", "anterior_seed0.json"]
-    command = json.loads((results / "anterior_fold1_seed0.json").read_text())["command"]
-    assert "--label 1 --fold 1" in command
+    accuracy.main([*job, *rows])
+    assert capsys.readouterr().out.splitlines() == [f"{row}_fold1_seed1: done" for row in rows]
 
 
 @pytest.mark.parametrize("row", accuracy.ROWS)
@@ -91,28 +81,23 @@ def test_a_run_is_watched():
 
 
 @linux
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_speed_measures_each_row_and_keeps_the_others(apart, tmp_path, monkeypatch):
-    """In quick form. Engines are timed in processes of their own, which take a minute, or by a watch that lies."""
-    launchers = []
-    monkeypatch.setattr(speed, "SCRATCH", tmp_path / "scratch")
-    if not apart:
-        monkeypatch.setattr(speed, "epoch_seconds", lambda launcher, words: launchers.append(launcher) or 1.0)
-
+def test_speed_measures_each_row_and_keeps_the_others(tmp_path, monkeypatch):
+    """In quick form. Trainings are timed in processes of their own, which takes minutes: here a watch tells 1 s."""
     def measured(*rows):
         assert speed.main(["--quick", "--rows", *rows, "--results", str(tmp_path)]) == 0
         return json.loads((tmp_path / "quick_cpu.json").read_text())["rows"]
 
+    launchers = []
+    monkeypatch.setattr(speed, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(speed, "epoch_seconds", lambda launcher, words: launchers.append(launcher) or 1.0)
     first = measured("step", "data", "prediction", "engines")
     assert list(first) == ["step", "data", "prediction", "engines"]
     assert all({"command", "commit", "hardware", "date", "versions", "checks"} <= row.keys() for row in first.values())
-    lines = [line for row in first.values() for line in row["checks"]]
-    assert all(len(line["values"]) == 1 and ("met" in line) == bool(line["goal"]) for line in lines)
-    assert all(line["median"] > 0 for line in lines)
-    goals = {line["what"]: line["goal"] for line in lines}
-    assert goals["full: slices/s / MONAI's"] == "at least 1.5" and goals["slice loop / ours"] == "at least 3"
-    assert list(goals)[-2:] == ["loop / Lightning, width 8", "2 cores / 1, default"]
-    assert apart or len(launchers) == 4 and [words[:2] for words in launchers[2:]] == [["taskset", "-c"]] * 2
+    lines = {line["what"]: line for row in first.values() for line in row["checks"]}
+    assert all(line["median"] > 0 and ("met" in line) == bool(line["goal"]) for line in lines.values())
+    assert lines["slice loop / ours"]["goal"] == "at least 3"
+    assert list(lines)[-2:] == ["loop / Lightning, width 8", "2 cores / 1, default"]
+    assert len(launchers) == 4 and [words[:2] for words in launchers[2:]] == [["taskset", "-c"]] * 2
     again = measured("step")
     assert again["data"] == first["data"] and again["step"] != first["step"]
 
@@ -140,49 +125,23 @@ def test_the_proof_on_a_gpu_runs_dry(phantoms, tmp_path):
     assert (out / "runs" / "default" / "validation.png").exists()
 
 
-def test_tables_are_of_what_there_is(tmp_path, monkeypatch, capsys):
-    """Without any result, then with three seeds of a row on one fold and one seed on all."""
-    results = tmp_path / "results"
-    for module in (record, table):
-        monkeypatch.setattr(module, "RESULTS", results)
-    for folder in ("ladder", "gpu", "speed"):
-        (results / folder).mkdir(parents=True)
+def test_the_tables_that_are_committed_are_those_of_the_results(tmp_path, monkeypatch):
+    """A result was added, or a file grew: `python benchmarks/table.py --write`. Without results it says so."""
     for page in table.TABLES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
-        (tmp_path / page).write_text((table.ROOT / page).read_text())
-    table.main(write=False, root=tmp_path)
-    assert "Not measured yet" in capsys.readouterr().out
-    scores = {"dice": 0.9, "jaccard": 0.8, "hd95": 3.0, "assd": 1.0}
-    content = {"scores": [scores] * 16, "parameters": 5e5, "log": [{}] * 6, "minutes": 5.0, "threads": 1, "cores": 2}
-    others = {f"fold{k}_seed0": 0.9 for k in (1, 2, 3, 4)}
-    for name, dice in {"seed0": 0.90, "seed1": 0.91, "seed2": 0.92, **others}.items():
-        own = {"mean": scores | {"dice": dice}, "worst_dice": dice, "hardware": "CPU, 2 cores, X, AVX2",
-               "memory": {"processes_gb": 2 + dice, "gpu_gb": float("nan")}}
-        record.write(results / "ladder" / f"short_{name}.json", content | own)
-    card = {"mean": scores, "worst_dice": 0.9, "hardware": "Card", "memory": {"processes_gb": 3.0, "gpu_gb": 1.5}}
-    record.write(results / "gpu" / "default_seed0.json", content | card)
-    checks = [speed.check("a / b", [1.0, 2.0], "at most 1")]
-    rows = {"step": {"hardware": "Card", "commit": "abc", "checks": checks}}
-    record.write(results / "speed" / "speed_cuda.json", {"rows": rows})
-
-    words = accuracy.arguments("short")
-    expected = {"README.md": [
-        f"| `python train.py --data DIR {words}` | 5.0 on 2 cores of X, AVX2 | 2.9 GB | 0.9100 ± 0.0100 | 0.9000 |",
-        "| 3 | 0.9000 |\n",  # three runs; all folds, of seed 0
-        "| `python train.py --data DIR` | 5.0 on Card | 3 GB, GPU 1.5 GB |",
-    ], "benchmarks/README.md": [
-        f"the short run: `{words}` | 0.9100 ± 0.0100 | 0.9000 |", "| `short` | 80 | 0.9000 ± 0.0000 |",
-        "| step, Card | a / b | 1.5 | 1 to 2 | at most 1 | **no** | abc |",
-    ]}
-    for _ in range(2):  # the second time nothing changes
+        shutil.copy(table.ROOT / page, tmp_path / page)
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "RESULTS", tmp_path / "nowhere")
         table.main(write=True, root=tmp_path)
-        for page, lines in expected.items():
-            assert all(line in (tmp_path / page).read_text() for line in lines), page
-def test_the_tables_that_are_committed_are_those_of_the_results(capsys):
-    """A result that was added, or a file that grew: `python benchmarks/table.py --write`."""
-    table.main(write=False)
-    shown = capsys.readouterr().out
-    for page, tables in table.TABLES.items():
-        text = (table.ROOT / page).read_text()
-        for name, make in tables.items():
-            assert f"<!-- {name} -->\n{make()}\n<!-- end -->" in text and make() in shown, (page, name)
+    assert all("Not measured yet" in (tmp_path / page).read_text() for page in table.TABLES)
+    table.main(write=True, root=tmp_path)
+    for page in table.TABLES:
+        assert (tmp_path / page).read_text() == (table.ROOT / page).read_text(), page
+
+
+def test_numbers_of_a_table_by_hand():
+    assert table.spread([0.90, 0.91, 0.92]) == "0.9100 ± 0.0100" and table.spread([2.345], 1) == "2.3"
+    runs = [{"hardware": "CPU, 2 cores, X, AVX2", "threads": 2, "minutes": minutes} for minutes in (4.0, 6.0)]
+    runs += [{"hardware": "Card", "threads": 1, "minutes": 2.0, "memory": {"processes_gb": 3.0, "gpu_gb": 1.5}}]
+    told = {"minutes": "2.0 on Card; 5.0 on 2 cores of X, AVX2", "memory": "3 GB, GPU 1.5 GB", "runs": "3"}
+    assert table.costs(runs) == told

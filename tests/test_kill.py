@@ -66,7 +66,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_left_alone(quick, tmp_path, engin
     """SIGKILL at seeded moments, the first half-way through a checkpoint; a run that ends is followed by a new one."""
     common, alone = [*quick, *RUN, "--engine", engine], tmp_path / "alone"
     run(*common, "--out", alone)
-    rng, kills, runs, fatal, code = random.Random(seed), 0, 0, 24, None  # last.pt of the second epoch
+    rng, kills, runs, fatal, code = random.Random(seed), 0, 0, 23, None  # last.pt of the second epoch
     while kills < moments or code:
         out = tmp_path / f"killed{runs}"
         arguments = [*common, "--out", str(out), "--cache", str(out / "cache"), "--resume"]

@@ -10,35 +10,28 @@ from scipy import ndimage
 from metrics import dice, score
 
 
-def box(shape, *bounds):
-    mask = np.zeros(shape, bool)
-    mask[tuple(slice(a, b) for a, b in bounds)] = True
-    return mask
+def row(voxels):
+    return np.array([[[voxel == "#" for voxel in voxels]]])
 
 
-def bar(first, last):
-    """Voxels of a row of nine."""
-    return box((1, 1, 9), (0, 1), (0, 1), (first, last))
-
-
-FULL, EMPTY, CUBE = bar(2, 6), bar(0, 0), np.zeros((3, 3, 3), bool)
 PERFECT = {"dice": 1, "jaccard": 1, "hd95": 0, "assd": 0}
 FAILED = {"dice": 0, "jaccard": 0, "hd95": inf, "assd": inf}  # not nan: a mean cannot drop it silently
+CUBE = np.zeros((3, 3, 3), bool)
 
 
 @pytest.mark.parametrize(("prediction", "truth", "spacing", "expected"), [
     # One voxel each, 3 steps of 2 mm apart: no overlap, every distance is 6 mm.
-    (bar(1, 2), bar(4, 5), (5.0, 1.0, 2.0),
+    (row(".#......."), row("....#...."), (5.0, 1.0, 2.0),
      {"dice": 0, "jaccard": 0, "hd95": 6, "assd": 6, "volume_ml": 0.01, "truth_ml": 0.01}),
-    # Bars shifted by 2 voxels of 1 mm. Distances of the surface, each way: 2, 1, 0, 0.
-    (bar(0, 4), FULL, (1, 1, 1),
+    # Shifted by 2 voxels of 1 mm. Distances of the surface, each way: 2, 1, 0, 0.
+    (row("####....."), row("..####..."), (1, 1, 1),
      {"dice": 0.5, "jaccard": 2 / 6, "assd": 0.75, "hd95": np.percentile([0, 0, 0, 0, 1, 1, 2, 2], 95)}),
     # A 4-cube inside a 6-cube, slices 3 mm thick: 2 * 64 / (64 + 216).
-    (box((10, 10, 10), *[(3, 7)] * 3), box((10, 10, 10), *[(2, 8)] * 3), (3, 1, 1),
+    (np.pad(np.ones((4, 4, 4), bool), 1), np.ones((6, 6, 6), bool), (3, 1, 1),
      {"dice": 128 / 280, "volume_ml": 0.192, "truth_ml": 0.648}),
-    (FULL, FULL, (1, 1, 1), PERFECT), (EMPTY, EMPTY, (1, 1, 1), PERFECT),
-    (FULL, EMPTY, (1, 1, 1), FAILED), (EMPTY, FULL, (1, 1, 1), FAILED),
-    (FULL.tolist(), FULL.tolist(), [1, 1, 1], PERFECT),
+    (row(".##."), row(".##."), (1, 1, 1), PERFECT), (row("...."), row("...."), (1, 1, 1), PERFECT),
+    (row(".##."), row("...."), (1, 1, 1), FAILED), (row("...."), row(".##."), (1, 1, 1), FAILED),
+    (row(".##.").tolist(), row(".##.").tolist(), [1, 1, 1], PERFECT),
 ])
 def test_by_hand(prediction, truth, spacing, expected):
     result = score(prediction, truth, spacing)

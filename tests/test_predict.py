@@ -5,7 +5,6 @@ import gzip
 import io
 import os
 import re
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from conftest import HOW, TINY, checkpoint
 from scipy.spatial.transform import Rotation
 
-import data
 import predict
 from metrics import dice
 from unet import UNet
@@ -36,6 +34,7 @@ def truth(tmp_path):
     bright box, and codes and units set."""
     mask = np.zeros((31, 27, 11), np.uint8)
     mask[9:20, 5:16, 3:8] = 1
+    mask[24:28, 20:24, 4:8] = 1  # apart from it, and kept: nobody asked for the largest component alone
     turned = Rotation.from_euler("xz", (17, 17), degrees=True).as_matrix()
     affine = nib.affines.from_matvec(turned @ np.diag([-1, -1, 2.7]), [31.5, -12.25, 7])
     image = nib.Nifti1Image(mask * np.int16(300) + np.arange(31, dtype=np.int16)[:, None, None] % 5, affine)
@@ -137,15 +136,6 @@ def test_a_mask_is_called_doubtful_where_its_confidence_is_lower_than_in_validat
     assert "kept: empty" in capsys.readouterr().out
 
 
-def test_runs_without_imgaug_and_opencv(job, tmp_path):
-    """A clinic's server needs neither: importing either here would raise."""
-    for name in ("imgaug", "cv2"):
-        (tmp_path / f"{name}.py").write_text("raise ImportError('not installed')")
-    command = [sys.executable, predict.__file__, *job("--labels", tmp_path / "labels")]
-    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert run.returncode == 0 and (tmp_path / "out" / "scores.csv").exists(), run.stderr
-
-
 def test_the_root_of_a_data_set_gives_new_scans_or_those_with_labels(tmp_path, write_nifti):
     """With labels to score against, the scans of `imagesTs`, which have none, are not meant."""
     for name in ("imagesTs/new.nii.gz", "imagesTr/old.nii.gz", "single.NII"):
@@ -159,12 +149,9 @@ def test_the_root_of_a_data_set_gives_new_scans_or_those_with_labels(tmp_path, w
     assert [list(predict.find_scans([path], known=known)) for known in ((), ["p_0000"])] == [["p"], ["p_0000"]]
 
 
-def test_devices_and_precision():
-    assert predict.pick_device("cpu").type == "cpu"
+def test_precision():
     assert predict.pick_precision("bf16", torch.device("cpu")) == torch.bfloat16
     assert predict.pick_precision("auto", torch.device("mps")) == torch.float32
-    with pytest.raises(data.DataError, match="^--precision fp16: needs a CUDA GPU"):
-        predict.pick_precision("fp16", torch.device("cpu"))
 
 
 def volume_of(*shape):

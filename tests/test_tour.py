@@ -1,22 +1,20 @@
 """The course notebook: it is what tour.py says, it was run, it shows its pictures, and it still runs."""
 
+import copy
 import inspect
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
+from test_docs import README, ROOT, commands
 
 import train
 
-ROOT = Path(__file__).resolve().parents[1]
 jupytext = pytest.importorskip("jupytext", reason="jupytext is not installed; requirements-dev.txt names it")
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; it comes with jupytext")
 
-
-def notebook():
-    return nbformat.read(ROOT / "tour.ipynb", as_version=4)
+TOUR = nbformat.read(ROOT / "tour.ipynb", as_version=4)
 
 
 def picture_cells(cells):
@@ -47,13 +45,13 @@ def check(cells):
 def test_the_notebook_is_what_tour_py_says():
     """`make tour` writes it: edit tour.py, not the notebook."""
     source = jupytext.read(ROOT / "tour.py")
-    assert [(c.cell_type, c.source) for c in notebook().cells] == [(c.cell_type, c.source) for c in source.cells]
+    assert [(c.cell_type, c.source) for c in TOUR.cells] == [(c.cell_type, c.source) for c in source.cells]
 
 
 def test_the_notebook_was_run_and_can_be_shown_anywhere():
-    tour = notebook()
-    check(tour.cells)
+    check(TOUR.cells)
     assert (ROOT / "tour.ipynb").stat().st_size < 2_000_000
+    tour = copy.deepcopy(TOUR)
     for output in (output for cell in tour.cells for output in cell.get("outputs", [])):
         for kind in pictures({"outputs": [output]}):
             del output["data"][kind]
@@ -65,30 +63,24 @@ def test_the_notebook_was_run_and_can_be_shown_anywhere():
 
 def test_the_loop_that_it_shows_is_the_one_that_runs():
     """After a change of train.py: `make tour`."""
-    shown = [output["data"]["text/markdown"] for cell in notebook().cells if cell.cell_type == "code"
+    shown = [output["data"]["text/markdown"] for cell in TOUR.cells if cell.cell_type == "code"
              for output in cell.outputs if "text/markdown" in output.get("data", {})]
     assert shown == [f"```python\n{inspect.getsource(f)}```" for f in (train.fit_loop, train.fit_lightning)]
 
 
 def test_a_student_reads_it_in_one_sitting():
     """Little code, all of it calls; before each picture a question, after it what there is to see."""
-    cells = notebook().cells
-    code = [line for c in cells if c.cell_type == "code" for line in c.source.splitlines()]
+    code = [line for c in TOUR.cells if c.cell_type == "code" for line in c.source.splitlines()]
     assert len([line for line in code if line.strip() and not line.lstrip().startswith("#")]) <= 80
     assert not [line for line in code if re.match(r"\s*(def|class|lambda|while|try)\b", line)]
-    asked = picture_cells(cells)
-    assert not [cell.source for cell in cells if cell.cell_type == "code" and pictures(cell) and cell not in asked]
+    asked = picture_cells(TOUR.cells)
+    assert not [cell.source for cell in TOUR.cells if cell.cell_type == "code" and pictures(cell) and cell not in asked]
 
 
 def test_its_commands_are_those_of_the_readme():
-    """README's fenced commands are run by a test of their own."""
-
-    def commands(text):
-        blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.DOTALL)
-        return [" ".join(line.partition(" #")[0].split()) for block in blocks for line in block.splitlines()]
-
-    told = commands("\n".join(cell.source for cell in notebook().cells if cell.cell_type == "markdown"))
-    assert len(told) == 5 and set(told) <= set(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+    """Which test_docs.py runs."""
+    told = commands("\n".join(cell.source for cell in TOUR.cells if cell.cell_type == "markdown"))
+    assert len(told) == 5 and set(told) <= set(commands(README))
 
 
 def test_it_runs(tmp_path, monkeypatch):

@@ -42,6 +42,12 @@ def where(picture, colour):
     return (picture == np.array(colour)).all(axis=-1)
 
 
+def slice_of(scan, masks=(), n=0, axis=2, title=""):
+    """What a picture must show of a slice where it has a pixel for each voxel. The first tests see to these pieces."""
+    plain = visualize.overlay_masks(visualize.grey(scan)[n], [mask[n] for mask in masks])
+    return visualize.mark(plain, visualize.LETTERS[axis], title)
+
+
 @pytest.fixture
 def files(tmp_path, write_nifti):
     """A scan, a prediction and the truth, stored LPS with axial slices last: 40 x 30 x 9 voxels of 2 x 2 x 4 mm."""
@@ -60,24 +66,36 @@ def test_errors_have_the_colours_of_the_legend_and_a_mask_an_opaque_rim():
     np.testing.assert_array_equal(rgb[2], [(100,) * 3, SKY, tint, SKY, (100,) * 3])
 
 
+def test_letters_are_those_of_the_axes_on_which_a_scan_is_read():
+    """data.py reads a scan of any orientation so that rows run down and columns to the right: test_data.py."""
+    opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
+    for letters, (_, down, right) in zip(visualize.LETTERS, data.PLANES, strict=True):
+        assert letters == opposite[down] + down + opposite[right] + right
+
+
+def test_a_letter_stands_at_its_side_white_on_a_dark_rim():
+    """Top, bottom, left and right, in this order: a letter that is left out is missing there, and nowhere else."""
+    white = np.full((100, 200, 3), 255, np.uint8)
+    letters = visualize.mark(white, "APRL")
+    assert letters.min() == 0  # The rim is seen on white tissue.
+    for without, place in ((" PRL", (0, 0.5)), ("A RL", (1, 0.5)), ("AP L", (0.5, 0)), ("APR ", (0.5, 1))):
+        y, x = np.nonzero((letters != visualize.mark(white, without)).any(axis=-1))
+        np.testing.assert_allclose((y.mean() / 100, x.mean() / 200), place, atol=0.15)
+
+
 def test_compare_shows_scan_truth_probability_prediction_error_from_left_to_right():
-    truth, prediction = np.zeros((2, 1, 64, 64), np.float32)
-    truth[0, 10:30, 10:50] = 1
-    prediction[0, 20:40, 10:50] = 0.51
-    prediction[0, 50:, :20] = 0.5  # background
-    picture = visualize.rgb(visualize.compare(truth - 7, truth, prediction, ["scan 1"]))
-    assert picture.dtype == np.uint8 and picture.shape == (22 + 22 + 180 + 22, 900, 3)
+    scan, levels = noise(1, 60, 176), np.zeros((1, 60, 176), np.float32)
+    levels[0, 10:30, 10:50], levels[0, 40:, :20] = 0.51, 0.5  # 0.5 is background
+    truth, mask = np.roll(levels > 0.5, 5, axis=1), levels > 0.5
+    picture = visualize.rgb(visualize.compare(scan, np.float32(truth), levels, ["scan 1"], axis=1))
     columns = visualize.text_row(900, ["scan", "truth", "probability", "prediction", "error"])
     told = [columns, visualize.text_row(900, ["scan 1"]), *visualize.colour_row(900, 2)]
     np.testing.assert_array_equal([picture[:22], picture[22:44], picture[-22:]], told)
-    scan, true, probability, predicted, error = np.split(picture[44:-22], 5, axis=1)
-    cells = scan, true, predicted, error
-    found = [[where(cell, colour).any() for colour in (SKY, YELLOW, VERMILION)] for cell in cells]
-    assert found == [[False] * 3, [True, False, False], [True, False, False], [True] * 3]
-    assert not where(predicted, SKY)[130:].any()  # 0.5 is background
-    rows = [np.flatnonzero(where(error, colour).any(1)).min() for colour in (YELLOW, SKY, VERMILION)]
-    assert rows == sorted(rows)  # the truth lies higher: missed above, correct in the middle, false below
-    assert probability[90, 60].sum() > probability[160, 10].sum() > probability[20, 60].sum()  # 0.51, 0.5, 0
+    cells = [cell[2:-2, 2:-2] for cell in np.split(picture[44:-22], 5, axis=1)]
+    probability = cells.pop(2)
+    assert probability[20, 30].sum() > probability[50, 10].sum() > probability[50, 150].sum()  # 0.51, 0.5, 0
+    for cell, masks in zip(cells, ([], [truth], [mask], [mask, truth]), strict=True):
+        np.testing.assert_array_equal(cell, slice_of(scan, masks, axis=1))
 
 
 def test_compare_draws_a_diverged_run_and_bad_arrays_are_refused():
@@ -95,19 +113,21 @@ def test_compare_draws_a_diverged_run_and_bad_arrays_are_refused():
 
 
 def test_overlay_picks_slices_with_foreground_or_shows_all_numbered():
-    scan, mask = noise(12, 48, 64), np.zeros((12, 48, 64), bool)
+    scan, mask = noise(12, 40, 108), np.zeros((12, 40, 108), bool)
     scan[0, 0, :3] = np.nan, np.inf, -np.inf
     mask[[4, 5, 6, 10], 20:30, 20:30] = True
-    picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1)))[22:-44]  # without the legend
-    assert all(where(cell, SKY).any() for cell in np.split(picture, 4, axis=1)) and 80 < picture[2:158].mean() < 180
-    visualize.overlay(scan, [0 * mask], (1, 1, 1), count=2)  # an empty mask
-    picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1), count=0))
-    assert picture.shape == (22 + 2 * (4 + 81 + 22) + 44, 8 * 112, 3)
+    picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1), axis=0))
+    for n, cell in zip((5, 6, 7, 11), np.split(picture[22:-44], 4, axis=1), strict=True):
+        np.testing.assert_array_equal(cell[-24:-2, 2:-2], visualize.text_row(221, [f"{n} / 12"]))
+    picture = visualize.rgb(visualize.overlay(scan, [mask], (1, 1, 1), count=0, axis=0))
     cells = [cell for row in np.split(picture[22:-44], 2) for cell in np.split(row, 8, axis=1)]
-    assert [n for n, cell in enumerate(cells) if where(cell, SKY).any()] == [4, 5, 6, 10]
-    assert len({cell[83:105].tobytes() for cell in cells[:12]}) == 12 and not cells[12].any()  # the numbers
-    titles = [visualize.rgb(visualize.overlay(scan, [mask, truth], (1, 1, 1)))[:22] for truth in (mask, 0 * mask)]
-    for title, dice in zip(titles, ("1.000", "0.000"), strict=True):
+    for n, cell in enumerate(cells[:12]):
+        np.testing.assert_array_equal(cell[2:-24, 2:-2], slice_of(scan, [mask], n, axis=0))
+        np.testing.assert_array_equal(cell[-24:-2, 2:-2], visualize.text_row(108, [f"{n + 1} / 12"]))
+    assert not np.any(cells[12:]) and 80 < visualize.grey(scan)[0].mean() < 180
+    visualize.overlay(scan, [0 * mask], (1, 1, 1), count=2)  # an empty mask
+    for truth, dice in ((mask, "1.000"), (0 * mask, "0.000")):
+        title = visualize.rgb(visualize.overlay(scan, [mask, truth], (1, 1, 1)))[:22]
         np.testing.assert_array_equal(title, visualize.text_row(900, [f"scan, Dice {dice}"]))
 
 
@@ -126,85 +146,39 @@ def test_planes_cut_through_the_organ_in_one_scale_with_the_head_up():
     bare = visualize.rgb(visualize.planes(np.zeros(shape, np.float32), [organ], (2, 1, 1)))[22:-44, :452]
     dashes = [where(bare, (255, 255, 255)).sum(axis).argmax() for axis in (1, 0)]
     assert dashes == [(900 - 444) // 2 + int(22.5 * zoom), (452 - 333) // 2 + int(12.5 * zoom)]  # through the organ
-
-
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "SRA"])
-@pytest.mark.parametrize("axis, sides", [(0, "SP"), (1, "SL"), (2, "PL")])
-def test_the_letters_beside_a_bright_corner_say_where_it_lies(axis, sides, codes, tmp_path):
-    """The patient's left, back and head are bright, whatever the order of the voxels in the file."""
-    ras = np.zeros((48, 48, 48), np.float32)
-    ras[-12:, :12, -12:] = 1000
-    affine = np.diag([-1.0, 1, 1, 1])  # so that the last voxels of the first axis are the patient's left
-    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes))
-    nib.save(nib.Nifti1Image(ras, affine).as_reoriented(turn), tmp_path / "scan.nii")
-    scan = data.read_scan(tmp_path / "scan.nii", axis)
-    n = int(scan.array.sum(axis=(1, 2)).argmax())
-    bright = visualize.render_slice([visualize.grey(scan.array)], n, (4, 4, 4))[..., 0] > 128
-    edges = bright[0], bright[-1], bright[:, 0], bright[:, -1]
-    assert {side for side, edge in zip(visualize.LETTERS[axis], edges, strict=True) if edge.any()} == set(sides)
-
-
-def test_a_letter_stands_at_its_side_white_on_a_dark_rim():
-    """Top, bottom, left and right, in this order: a letter that is left out is missing there, and nowhere else."""
-    white = np.full((100, 200, 3), 255, np.uint8)
-    letters = visualize.mark(white, "APRL")
-    assert letters.min() == 0  # The rim is seen on white tissue.
-    for without, place in ((" PRL", (0, 0.5)), ("A RL", (1, 0.5)), ("AP L", (0.5, 0)), ("APR ", (0.5, 1))):
-        y, x = np.nonzero((letters != visualize.mark(white, without)).any(axis=-1))
-        np.testing.assert_allclose((y.mean() / 100, x.mean() / 200), place, atol=0.15)
-
-
-LETTERED = {
-    "overlay": lambda *scan, axis: visualize.rgb(visualize.overlay(*scan, (1, 1, 1), 1, axis=axis))[22:-44],
-    "movie": lambda *scan, axis: visualize.movie(*scan, (1, 1, 1), axis=axis)[0][:320],
-    "compare": lambda scan, masks, axis: visualize.rgb(visualize.compare(*[scan[:1]] * 3, axis=axis))[44:-22, :180],
-    "augmented": lambda scan, masks, axis: visualize.rgb(
-        visualize.augmented(scan[0], scan[0], lambda *pair: pair[:2], axis=axis))[22:202, :180],
-    "layers": lambda scan, masks, axis: visualize.rgb(
-        visualize.layers(UNet(width=2, depth=0), scan[0], axis))[22:160, 72:204],
-}
-
-
-@pytest.mark.parametrize("name", LETTERED)
-def test_every_picture_has_the_letters_of_its_slices(name):
-    """Told by drawing each again as if its slices lay across another axis: only the four sides change."""
-    torch.manual_seed(0)
-    axial, sagittal = (LETTERED[name](np.zeros((4, 64, 64), np.float32), [], axis=axis) for axis in (2, 0))
-    y, x = np.nonzero((axial != sagittal).any(axis=-1)) / np.array([[len(axial)], [axial.shape[1]]])
-    assert all(side.any() for side in (x < 0.15, x > 0.85, y < 0.15, y > 0.85))
-    assert ((abs(y - 0.5) > 0.3) | (abs(x - 0.5) > 0.3)).all()
+    axial = bare[(900 - 444) // 2 :, (452 - 333) // 2 :][:444, :333]
+    letters = visualize.mark(np.zeros_like(axial), visualize.LETTERS[2])
+    assert (axial[where(letters, (255, 255, 255))] == 255).all()
 
 
 def test_augmented_draws_the_slice_and_24_augmentations_in_one_window():
-    def brighter(image, mask, seed):
-        return image + 20 * (seed == 24), mask
-
-    picture = visualize.rgb(visualize.augmented(noise(40, 40), np.uint8(ball((40, 40), radius=8)), brighter))
-    tiles = [tile for row in np.split(picture[22:], 5) for tile in np.split(row, 5, axis=1)]
-    assert picture.shape == (22 + 900, 900, 3) and all(where(tile, SKY).any() for tile in tiles)
-    assert (tiles[1] == tiles[23]).all() and tiles[24].mean() > tiles[1].mean() + 10
-    changed = (tiles[0] != tiles[1]).any(axis=-1)  # Only the original is named, and has letters at its sides.
-    assert all(part.any() for part in (changed[:20, :60], changed[75:105, :20], changed[75:105, -20:], changed[-20:]))
+    """Only the original is named, and has letters at its sides: the others are turned."""
+    image, mask = noise(40, 176), ball((40, 176), radius=8)
+    views = np.stack([image] * 24 + [image + 20])
+    picture = visualize.rgb(visualize.augmented(image, np.uint8(mask), lambda image, mask, n: (views[n], mask), axis=1))
+    first, *others = [tile for row in np.split(picture[22:], 5) for tile in np.split(row[2:-2], 5, axis=1)]
+    np.testing.assert_array_equal(first[:, 2:-2], slice_of(views, [[mask]], axis=1, title="original"))
+    plain = [visualize.overlay_masks(grey, [mask]) for grey in visualize.grey(views)]
+    np.testing.assert_array_equal(np.array(others)[:, :, 2:-2], plain[1:])
 
 
 def test_movie_shows_every_slice_and_the_gif_keeps_its_colours(tmp_path):
-    scan, truth, path = noise(12, 48, 64), ball(), tmp_path / "new" / "movie.gif"
-    frames = visualize.movie(scan, [np.roll(truth, 3, 2), truth], (1, 1, 1), size=320)
-    bare, masked = (visualize.movie(scan, masks, (1, 1, 1), size=64) for masks in ([], [truth]))
-    for n in range(12):
-        np.testing.assert_array_equal((masked[n][:48] != bare[n][:48]).any(axis=-1)[:, 68:132], truth[n])
-    assert (bare[0][48:] != bare[1][48:]).any()  # the slice number
-    columns = [np.flatnonzero(where(frames[6][:240], c).any(0)).mean() for c in (YELLOW, SKY, VERMILION)]
-    assert columns == sorted(columns)  # the prediction lies to the right of the truth
+    scan, truth, path = noise(12, 48, 240), ball((12, 48, 240)), tmp_path / "new" / "movie.gif"
+    masks = [np.roll(truth, 3, 2), truth]
+    frames = visualize.movie(scan, masks, (1, 1, 1), size=240, axis=0)
+    for n, frame in enumerate(frames):
+        np.testing.assert_array_equal(frame[:48], slice_of(scan, masks, n, axis=0))
+        caption = visualize.text_row(240, [f"slice {n + 1} / 12", "50 mm"])[:19]  # above the bar
+        np.testing.assert_array_equal(frame[48:-25], caption)
     visualize.save_gif(frames, path, seconds_per_frame=0.2)
     with Image.open(path) as gif:
-        assert gif.n_frames == 12 and gif.size == (320, 240 + 44) and gif.info["loop"] == 0
+        assert gif.n_frames == 12 and gif.size == (240, 48 + 44) and gif.info["loop"] == 0
         for n, frame in enumerate(frames):
             gif.seek(n)
             read = np.array(gif.convert("RGB"))
             assert gif.info["duration"] == 200 and np.abs(read.astype(int) - frame).mean() < 6  # few greys
             for colour in (SKY, YELLOW, VERMILION):
-                np.testing.assert_array_equal(where(read[:240], colour), where(frame[:240], colour))
+                np.testing.assert_array_equal(where(read[:48], colour), where(frame[:48], colour))
 
 
 @pytest.mark.parametrize("spacing, size", [((1, 1, 1), (150, 300)), ((9, 2, 1), (300, 300)), ((1, 1, 2), (75, 300))])
@@ -294,6 +268,9 @@ def test_features_are_what_the_levels_put_out():
     np.testing.assert_allclose(seen["down 1"], first[0].numpy(), atol=1e-5)
     np.testing.assert_allclose(seen["probability"], last[0].sigmoid().numpy(), atol=1e-5)
     assert seen["gate 1"].shape == (1, 16, 24) and 0 < seen["gate 1"].min() <= seen["gate 1"].max() < 1
+    scan = noise(1, 96, 128)
+    picture = visualize.rgb(visualize.layers(UNet(width=2, depth=0), scan[0], axis=0))
+    np.testing.assert_array_equal(picture[24:120, 74:202], slice_of(scan, axis=0))
     net, patch = UNet(width=2, depth=1, dims=3).eval(), noise(6, 8, 12)
     middle = net.predict(torch.from_numpy(patch)[None, None])[0, :, 3].numpy()
     np.testing.assert_allclose(visualize.features(net, patch)["probability"], middle, atol=1e-6)
@@ -339,7 +316,7 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(self, content):
-        self.touch()
+        self.write_text("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
@@ -348,27 +325,17 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(path.parent) == ["x.png"]
 
 
-def test_every_command_writes_its_picture_and_prints_where(files, tmp_path, capsys):
-    (tmp_path / "log.csv").write_text("epoch,train/loss\n1,0.9\n2,0.5\n")
-    for command in (["overlay", *files, "--axis", "0", "--count", "0"], ["planes", files[0]], ["movie", *files[:2]],
-                    ["curves", str(tmp_path), str(tmp_path)], ["augment", *files[::2]]):
-        out = tmp_path / "made" / f"{command[0]}.{'gif' if command[0] == 'movie' else 'png'}"
-        assert visualize.main([*command, "--out", str(out)]) == 0 and capsys.readouterr().out == f"{out}\n"
-        with Image.open(out) as image:
-            assert image.format == out.suffix[1:].upper()
-
-
-def test_the_label_of_a_truth_with_several_organs_can_be_chosen(files, tmp_path, write_nifti):
-    truth = nib.load(files[2])
-    array = np.asarray(truth.dataobj).copy()
-    array[:6] = 2  # another organ
-    several = str(write_nifti(tmp_path / "several.nii.gz", array, truth.affine))
-    pictures = []
-    for last, *label in ((files[2],), (several, "--label", "1"), (several,)):
-        out = tmp_path / f"{len(pictures)}.png"
-        assert visualize.main(["overlay", *files[:2], last, *label, "--count", "0", "--out", str(out)]) == 0
+def test_a_command_prints_where_its_picture_is_and_chooses_an_organ_of_several(files, tmp_path, write_nifti, capsys):
+    """The commands that write other pictures are the README's: test_docs.py runs them."""
+    organs, pictures = np.asarray(nib.load(files[2]).dataobj).copy(), []
+    organs[:6] = 2
+    several = str(write_nifti(tmp_path / "several.nii.gz", organs, nib.load(files[2]).affine))
+    for truth, *label in ((files[2],), (several, "--label", "1"), (several,)):
+        out = tmp_path / "made" / f"{len(pictures)}.gif"
+        assert visualize.main(["movie", *files[:2], truth, *label, "--axis", "0", "--out", str(out)]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
         pictures.append(out.read_bytes())
-    assert pictures[0] == pictures[1] != pictures[2]
+    assert pictures[0] == pictures[1] != pictures[2] and pictures[0].startswith(b"GIF")
 
 
 def test_bad_input_is_one_line_that_names_it_and_exit_code_2(files, tmp_path, capsys):
@@ -379,7 +346,6 @@ def test_bad_input_is_one_line_that_names_it_and_exit_code_2(files, tmp_path, ca
         (["movie", *files], "x.png", "x.png: movie writes .gif or .html"),
         (["movie", *files[:1] * 10], "x.html", "found 9 masks; a player shows 0 to 8"),
         (["augment", files[0]], "x.png", "augment takes two files, found 1"),
-        (["layers", files[0], files[0]], "x.png", "scan.nii.gz: "),
         (["curves", str(tmp_path / "nowhere")], "x.png", "nowhere/log.csv: No such file"),
         (["curves", str(tmp_path)], "x.png", "log.csv: no table of numbers"),
         (["planes", files[0]], "old.png/x.png", "old.png"),
