@@ -109,7 +109,7 @@ SOUND, OTHER_SUM = gzip.compress(PLAIN), gzip.compress(PLAIN)[:-8] + b"1234" + g
 REFUSED = [
     # -- folders and names
     ("train, data", "set: not a folder; imagesTr/ and labelsTr/", {"set": None}, {"set": b""}),
-    ("predict", "set/imagesTr; not a readable NIfTI file", {"set": None}),
+    ("predict", "set/imagesTr: No such file", {"set": None}),
     (SETS, "imagesTr: holds no .nii or .nii.gz file, but nothing", dict.fromkeys(SCANS)),
     (SETS, "imagesTr: holds no .nii or; but a.nrrd; convert", dict.fromkeys(SCANS) | {"set/imagesTr/a.nrrd": b""}),
     ("train, data", "set: holds imagesTr; expected; labelsTr/", {"set/labelsTr": None}),
@@ -218,6 +218,8 @@ TAKEN = [  # the commands; what it is; what is planted
      for name in ("._a.nii.gz", "README.txt")} | {"set/dataset.json": b'{"training": ["/etc/passwd"]}'}),
     ("score, data, train", "capital endings", rename("a", ending=".NII.GZ")),
     ("score, data", "nnU-Net's channel", {path.replace(".", "_0000.", 1): path for path in SCANS}),
+    ("predict", "a name that the run knew", rename("a_0000", "b_0000", "c_0000")
+     | {"last.pt": saved(files={"a_0000": [0, 0]})}),
     ("score, data", "no channel, but a number", rename("x_0000", "x_0001", "x_0002")),
     ("data, score", "one volume in 4D", {A: SCAN[..., None], LABEL: MASK[..., None]}),
     ("data, score", "in parts, zeros at the end", {A: gzip.compress(PLAIN[:9]) + gzip.compress(PLAIN[9:]) + bytes(99)}),

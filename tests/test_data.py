@@ -168,7 +168,7 @@ def test_normalisation():
         (dark[0], "minmax", r"float32 \(20, 20\), minmax; expected \(D"),
         (dark, "percentile", "more than 99 % of the voxels are 0.*--normalise zscore"),  # "every voxel is 0" was untrue
         # Two labels, resampled, became one; a bool mask was z-scored.
-        (np.uint8(dark), "zscore", "values to 9; a mask is 0 or 1"), (dark > 0, "zscore", "bool .* expected"),
+        (np.uint8(dark), "zscore", "uint8 .*values to 9; a mask is 0 or 1"), (dark > 0, "zscore", "bool .* expected"),
         # Their squares vanish in float32, or are infinite: the scan became infinities, or zeros, without a word.
         *((noise * scale, kind, "voxels are.*scale") for scale in (1e-40, 1e-25, 1e25, 3e38) for kind in kinds),
     ]:

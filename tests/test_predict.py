@@ -105,6 +105,10 @@ def test_scores_a_bar_and_a_note_where_scans_were_trained_on(job, truth, tmp_pat
         assert terminal.getvalue().count(note) == n
     assert predict.main(job("--held-out", split={"train": [], "val": ["kept", "gone"]})) == 0
     assert "note: 1 of the 2 scans that the run kept are here" in terminal.getvalue()
+    path = tmp_path / "labels" / "kept.nii.gz"  # what breaks off leaves no scores beside other masks than theirs
+    path.write_bytes(path.read_bytes()[:-4])
+    assert predict.main(job("--labels", tmp_path / "labels", "--held-out")) == 2
+    assert not (tmp_path / "out" / "scores.csv").exists()
 
 
 def test_a_mask_that_was_corrected_by_hand_or_is_of_another_patient_is_not_replaced(job, tmp_path, capsys):

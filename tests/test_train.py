@@ -37,6 +37,8 @@ def test_learning_rate_by_hand():
     assert rates[:3] == [0.5, 1, 1] and rates[6] == pytest.approx(0.5)
     assert rates[4] == pytest.approx(0.853553, abs=1e-6) and rates[9] == pytest.approx(0.038060, abs=1e-6)
     assert train.lr_at(0, 1) == train.lr_at(3, 20) == train.lr_at(3, 7, "constant") == 1
+    with pytest.raises(ValueError, match="Constant.*choose"):  # was taken for "onecycle"
+        train.lr_at(3, 7, "Constant")
 
 
 @pytest.mark.parametrize(("confidences", "below"), [
@@ -305,10 +307,16 @@ def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms,
     for kind in ("imagesTr", "labelsTr"):
         shutil.copy(copy / kind / "la_003.nii.gz", copy / kind / "la_0000.nii.gz")
     capsys.readouterr()
-    with monkeypatch.context() as patch:
-        describe = train.describe
-        patch.setattr(train, "describe", lambda *machine: describe(*machine) | {"code": "of today"})
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    del saved["log"][0]["train/grad_norm"]  # as if the code of today had one column more: the run ended
+    torch.save(saved, tmp_path / "run" / "last.pt")
+    with monkeypatch.context() as patch:  # a comment more: of a checkout that was edited before, git says the same
+        for path in Path(train.__file__).parent.glob("*.py"):
+            (tmp_path / path.name).write_text(f"{path.read_text()}# {tmp_path}")
+        patch.setattr(train, "__file__", str(tmp_path / "train.py"))
         assert train.main([*job, "--resume", "--epochs", "3"]) == 0
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert [bool(row["train/grad_norm"]) for row in rows] == [False, True, True]
     told = capsys.readouterr().err
     assert "added since the run began, left out: la_0000" in told and "goes on with what is there: la_001" in told
     assert "--epochs was 1, is 3: the learning rate goes on at" in told and told.count("note:") == 4
@@ -317,7 +325,10 @@ def test_what_differs_when_a_run_goes_on_is_told_in_a_line_each(quick, phantoms,
     assert after["split.json"] == before["split.json"]
     starts = [json.loads(after[name])["epochs"] for name in ("args.json", "args-2.json")]
     assert starts == [1, 3]
-    assert train.main([*job, "--resume", "--epochs", "2"]) == 0 and "nothing is left to do" in capsys.readouterr().err
+    (tmp_path / "run" / "best.pt").unlink()
+    assert train.main([*job, "--resume", "--epochs", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "nothing is left to do" in shown.err and "best.pt is gone" in shown.out
     assert snapshot(tmp_path / "run")["last.pt"] == after["last.pt"]
     for kind in ("imagesTr", "labelsTr"):
         (copy / kind / "la_004.nii.gz").unlink()

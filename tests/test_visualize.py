@@ -310,6 +310,17 @@ def test_curves_count_epochs_from_1_and_keep_gaps(tmp_path):
     assert low < 0.5 and high > 0.91  # the best of a poor run is in the picture, too
 
 
+def test_runs_that_were_validated_on_other_scans_are_told_apart(tmp_path, capsys):
+    for fold, told in ((0, False), (1, True)):
+        for name, k in (("a", 0), ("b", fold)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "log.csv").write_text("epoch,val/dice\n1,0.5\n")
+            (tmp_path / name / "split.json").write_text(str(k))
+        runs = [str(tmp_path / name) for name in "ab"]
+        assert visualize.main(["curves", *runs, "--out", str(tmp_path / "x.png")]) == 0
+        assert ("note: these runs were not validated on the same scans" in capsys.readouterr().err) == told
+
+
 def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     path, figure = tmp_path / "deep" / "down" / "x.png", visualize.compare(*np.zeros((3, 1, 8, 8)))
     visualize.save(figure, path)
