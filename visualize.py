@@ -500,31 +500,30 @@ def draw(args: argparse.Namespace) -> None:
     data.require(len(files) == 2 or kind not in ("layers", "augment"), f"{kind} takes two files, found {len(files)}")
     data.require(len(files) <= 9 or not page, f"found {len(files) - 1} masks; a player shows 0 to 8")
     data.require(0 <= args.count <= 1000, f"--count {args.count}: give 1 to 1000 slices, or 0 for all")
-    with data.one_line(out):
-        if kind == "curves":
-            splits = {path.read_bytes() for path in (Path(run, "split.json") for run in files) if path.exists()}
-            data.note(len(splits) > 1, "these runs were not validated on the same scans: see their split.json")
-            save(curves(*map(read_log, files), names=files), out)
-        elif kind == "layers":
-            save(layers(*fullest_slice(*files)), out)
+    if kind == "curves":
+        splits = {path.read_bytes() for path in (Path(run, "split.json") for run in files) if path.exists()}
+        data.note(len(splits) > 1, "these runs were not validated on the same scans: see their split.json")
+        save(curves(*map(read_log, files), names=files), out)
+    elif kind == "layers":
+        save(layers(*fullest_slice(*files)), out)
+    else:
+        # The three planes, of the picture and of the player, are cut out of the axial volume.
+        axis = 2 if page or kind == "planes" else args.axis
+        scan, name = data.read_scan(files[0], axis), Path(files[0]).name
+        masks = [data.read_mask(path, scan, args.label if path is files[-1] else None) for path in files[1:]]
+        content = scan.array, masks, scan.spacing
+        if page:
+            write(out, player(*content, name).encode())
+        elif kind == "movie":
+            save_gif(movie(*content, axis=axis), out)
+        elif kind == "planes":
+            save(planes(*content, name), out)
+        elif kind == "overlay":
+            save(overlay(*content, args.count, name, axis), out)
         else:
-            # The three planes, of the picture and of the player, are cut out of the axial volume.
-            axis = 2 if page or kind == "planes" else args.axis
-            scan, name = data.read_scan(files[0], axis), Path(files[0]).name
-            masks = [data.read_mask(path, scan, args.label if path is files[-1] else None) for path in files[1:]]
-            content = scan.array, masks, scan.spacing
-            if page:
-                write(out, player(*content, name).encode())
-            elif kind == "movie":
-                save_gif(movie(*content, axis=axis), out)
-            elif kind == "planes":
-                save(planes(*content, name), out)
-            elif kind == "overlay":
-                save(overlay(*content, args.count, name, axis), out)
-            else:
-                data.require(np.ptp(scan.array), f"{files[0]}: all voxels are equal; there is nothing to augment")
-                n, image = masks[0].sum(axis=(1, 2)).argmax(), (scan.array - scan.array.mean()) / scan.array.std()
-                save(augmented(image[n], masks[0][n], data.augmenter("full"), scan.spacing[1:], axis), out)
+            data.require(np.ptp(scan.array), f"{files[0]}: all voxels are equal; there is nothing to augment")
+            n, image = masks[0].sum(axis=(1, 2)).argmax(), (scan.array - scan.array.mean()) / scan.array.std()
+            save(augmented(image[n], masks[0][n], data.augmenter("full"), scan.spacing[1:], axis), out)
     print(out)
 
 
