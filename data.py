@@ -5,6 +5,9 @@
 A NIfTI file holds an array (I, J, K) and an *affine*, the 4 x 4 matrix that takes (i, j, k) to mm in the patient: to
 the right, to the front, upwards. A scan is *oblique* where its axes are not quite the patient's.
 
+The way of a scan: `find_pairs`; `cache_scans`, which means `read_scan`, `read_label` and `preprocess`, once; then, for
+each sample, `SliceDataset` with `crop_or_pad` and `augmenter`. The way back: `undo_preprocess`, `Scan.restore`.
+
 Contract: a scan is an array (D, H, W), slices first and upright for `imshow`: with axial slices the axes run to the
 patient's superior, posterior and left side (radiological view). Spacing is (D, H, W) in mm. A mask is uint8, 0 or 1.
 A sample is an image, float32 (1, H, W), and its mask, float32 (1, H, W): one slice; in 3D both are (1, D, H, W).
@@ -47,7 +50,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-# For each slice axis (0 sagittal, 1 coronal, 2 axial): where D, H, W run to, so that every slice is upright, ...
+# For each slice axis (0 sagittal, 1 coronal, 2 axial): where D, H, W run to, so that every slice is upright (to the
+# Left, Posterior, Superior, or Inferior side), ...
 PLANES = ("LIP", "PIL", "SPL")
 # ... and which of the patient's axes that is: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
 PATIENT_AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
@@ -463,7 +467,7 @@ def preprocess(array: np.ndarray, spacing: Sequence[float], how: dict, name: str
         array: float32 scan, or uint8 mask of 0 and 1, (D, H, W).
         spacing: (D, H, W) in mm.
         how:
-            spacing: (D, H, W) in mm to resample to where a scan's own is more than 15 % off; None for an axis that
+            spacing: (D, H, W) in mm to resample to if a scan is more than 15 % off along any axis; None for one that
                 stays as it is (the slice axis, in 2D).
             crop: voxels to cut off each border of a slice.
             normalise: "zscore", mean 0 and deviation 1 over the scan; "percentile", the same after clipping to the 0.5
@@ -517,7 +521,8 @@ def undo_preprocess(probability: np.ndarray, shape: Sequence[int], how: dict) ->
 
 
 def crop_or_pad(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Crop or pad the last axes, about the centre, to `size`, (H, W) or (D, H, W). Padding is 0, a z-scored mean."""
+    """Crop or pad the last axes, about the centre, to `size`, (H, W) or (D, H, W). Padding is 0, the mean of a
+    scan (of "minmax", its lowest)."""
     surplus = np.array(array.shape[-len(size) :]) - size
     cut, fill = surplus.clip(min=0), (-surplus).clip(min=0)
     array = array[(..., *(slice(n // 2, n // 2 + want) for n, want in zip(cut, size, strict=True)))]
@@ -758,7 +763,7 @@ class SliceDataset(Dataset):
 class PatchDataset(SliceDataset):
     """Augmented random patches of cached scans; `dataset[i]` is image and mask, float32 (1, D, H, W).
 
-    A round has as many patches of a scan as would tile it; they lie at random, so some overlap. Where a patch lies
+    A round has as many patches of a scan as have its volume; they lie at random, so some overlap. Where a patch lies
     depends on (seed, epoch, index), like its augmentation.
 
     Args:

@@ -36,8 +36,8 @@ class DiceLoss(nn.Module):
             empty mask and biases small ones.
         reduce: applied to the sums before they are divided. With several processes it adds those of the others, so that
             the batch is that of all processes together. `train.sum_over_processes` is that: the value is
-            all_reduce(x), and its gradient to each x is that of x times the number of processes. (`dist.all_reduce`
-            alone passes no gradient on.)
+            all_reduce(x), and x gets its gradient times the number of processes, by which DDP divides it.
+            (`dist.all_reduce` alone passes no gradient on.)
 
     Raises:
         ValueError: logits and target differ in shape (broadcasting would hide it); `per_sample` with `reduce`.
@@ -63,7 +63,7 @@ class DiceLoss(nn.Module):
 
 
 class BCEDiceLoss(nn.Module):
-    """Binary cross-entropy plus Dice loss, in equal parts.
+    """Binary cross-entropy plus Dice loss, their plain sum.
 
     Cross-entropy sees each voxel, so it gives early training a steady gradient and calibrates the empty slices; Dice
     sees the overlap, so that the few voxels of the organ are not outvoted by the background.

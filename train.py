@@ -85,11 +85,15 @@ class Run:
 
 
 def fit_loop(run: Run) -> None:
-    """Train by hand: four stations an epoch. The margin names the Lightning hook or argument that does the same."""
+    """Train by hand: four stations an epoch. The margin names the Lightning hook or argument that does the same.
+
+    (There, `optimizer_step` is given the work from `training_step` to the clipping as a function, and calls it.)
+    """
     args, net, device, optimizer, log = run.args, run.net, run.device, run.optimizer, []
     autocast = partial(torch.autocast, device.type, run.precision, enabled=run.precision != torch.float32)
     # A scaler leaves out a step whose gradient is inf or NaN; a fused optimiser does it without making the host wait.
-    scale = 2.0**16 if run.precision == torch.float16 else 1.0                          # Trainer(precision=), in fp16
+    # In float16 it scales the loss, too, so that small gradients do not become 0.
+    scale = 2.0**16 if run.precision == torch.float16 else 1.0                          # Trainer(precision=)
     scaler = torch.amp.GradScaler(device.type, scale, enabled=optimizer.defaults["fused"])
     if run.saved:                                                                       # Trainer.fit(ckpt_path=)
         log = list(run.saved["log"])  # a copy, since this one grows
@@ -122,8 +126,8 @@ def fit_loop(run: Run) -> None:
             # The rate of this step; Lightning sets it at the end of the step before.
             for group in optimizer.param_groups:                                        # lr_scheduler_step
                 group["lr"] = args.lr * lr_at(epoch * args.steps + i, args.epochs * args.steps, args.schedule)
-            scaler.unscale_(optimizer)                                                  # configure_gradient_clipping
-            norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)    # configure_gradient_clipping
             norms.append(norm)
             # Without a scaler, on Apple's GPU, the host itself looks whether the gradient is finite.
             if scaler.is_enabled() or norm.isfinite():                                  # optimizer_step
@@ -161,7 +165,8 @@ def fit_loop(run: Run) -> None:
 
 
 def fit_lightning(run: Run) -> None:
-    """The same by lightning.Trainer, with the same objects; only, it logs before it saves. For comparison only."""
+    """The same by lightning.Trainer, with the same objects; only, it logs before it saves, computes the loss under
+    autocast, and lets go of a bad gradient instead of scaling. For comparison only."""
     try:
         from lightning import pytorch as pl
     except ImportError as error:
@@ -256,7 +261,7 @@ def lr_at(step: int, total: int, schedule: str = "onecycle") -> float:
 def progress(run: Run, epoch: int, losses: list[Tensor]) -> Iterator[list[Tensor]]:
     """The batches of an epoch, on a terminal with a bar that shows the last of `losses`, a list that the loop fills.
 
-    After 20 steps of a run it says how long the rest will take.
+    `losses` is for the bar alone. After 20 steps of a run it says how long the rest will take.
     """
     steps, hidden = run.args.steps, None if run.rank == 0 else True  # None: where there is no terminal
     bar = tqdm(islice(run.loader, steps), f"epoch {epoch + 1}", steps, leave=False, disable=hidden)

@@ -14,7 +14,8 @@ with "batch" to train, over the batch. On a CPU in 3D, gradients in bfloat16 are
     mask = net.predict(image, threshold=0.5)        # bool (B, 1, H, W)
 
 Departures from Ronneberger: padded convolutions, so that the output has the input's size (theirs shrinks); linear
-upsampling followed by convolutions instead of transposed convolutions (no checkerboard); optional normalisation.
+upsampling followed by convolutions instead of transposed convolutions (no checkerboard), so that a level on the way up
+gets all channels of the one below, and not half of them; optional normalisation.
 """
 
 from __future__ import annotations
