@@ -55,7 +55,7 @@ from tqdm import tqdm
 PLANES = ("LIP", "PIL", "SPL")
 # ... and which of the patient's axes that is: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
 PATIENT_AXES = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
-# A part of every key of the cache: who changes this file gets what it makes now.
+# A part of every key of the cache: who changes this file gets what it makes now. (What it made before stays there.)
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 NIFTI = (".nii", ".nii.gz")
 # What a scan that is no NIfTI is, what makes one of it, and the endings by which it is known.
@@ -636,7 +636,8 @@ CELL = 4  # pixels between the points of the grid that is warped in place of a p
 
 
 def augmenter(kind: str) -> Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
-    """A function `augment(image, mask, seed) -> (image, mask)` on float32 (..., H, W) and uint8 (..., H, W).
+    """A function `augment(image, mask, seed) -> (image, mask)` on float32 (..., H, W) and uint8 (..., H, W): slices
+    of a patch, or channels.
 
     The same seed gives the same result, in whatever process. Masks are warped with nearest neighbour, and what comes in
     from outside the picture is 0: the mean, of a scan that was z-scored (of CT in HU it would be water). All slices of
@@ -666,7 +667,8 @@ def pipeline(kind: str):
     geometry = iaa.Sequential([  # of a grid with a point every CELL pixels
         # "edge": its outermost points lie outside the picture, where 0 is read.
         iaa.Affine(scale=(0.85, 1.15), rotate=(-45, 45), mode="edge"),
-        # Noise of up to `alpha` points (13 pixels), smoothed over `sigma`, which leaves about one pixel.
+        # A random number for each point of the grid, up to `alpha` points (13 pixels), smoothed over `sigma`, which
+        # leaves about one pixel.
         iaa.ElasticTransformation(alpha=(0.0, 3.3), sigma=(1.0, 2.0), order=1, mode="nearest"),
     ])
     intensity = iaa.Sequential([

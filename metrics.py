@@ -4,7 +4,8 @@
     Taha, Hanbury, "Metrics for evaluating 3D medical image segmentation", BMC Medical Imaging 15:29, 2015
 
 Contract: bool masks (D, H, W), or of other axes, of one whole scan in the scan's own space, spacing along them in mm.
-Counts are integers over the scan and are divided once: never average slices or batches.
+Counts are integers over the scan and are divided once: never average slices or batches. One mask a call: of several
+organs, each has its own.
 
     from metrics import score
     score(prediction, truth, spacing=(0.625, 0.625, 0.625))["dice"]

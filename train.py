@@ -352,7 +352,9 @@ def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], s
     """An epoch as a row of log.csv and of TensorBoard; `started` and `trained` are times, in s.
 
     A step with a non-finite gradient was not taken; it is counted, and left out of the means. Each scan counts the same
-    in the Dice. The foreground is the share of the voxels that is organ, and that was called organ.
+    in the Dice. The foreground is the share of the voxels that is organ, and that was called organ. `losses` and
+    `norms` are this process's share, `rows` those of all. What the row holds are Python's own numbers, or no checkpoint
+    with it could be loaded.
     """
     args, losses, norms = run.args, torch.stack(losses), torch.stack(norms)
     loss = losses[losses.isfinite()].mean()
@@ -361,14 +363,14 @@ def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], s
     scores = np.array([row["dice"] for row in rows] or [math.nan])
     voxels = sum(row["voxels"] for row in rows) or math.nan
     slices = args.steps * args.batch_size * math.prod(run.recipe["preprocess"]["size"][:-2])
-    return {
-        "train/loss": loss.item() / run.world_size,
-        "train/grad_norm": norms[norms.isfinite()].mean().item(),
+    row = {
+        "train/loss": loss / run.world_size,
+        "train/grad_norm": norms[norms.isfinite()].mean(),
         "train/skipped": int((~norms.isfinite()).sum()),
         "train/lr": args.lr * lr_at((epoch + 1) * args.steps - 1, args.epochs * args.steps, args.schedule),
-        "val/dice": float(scores.mean()),
-        "val/dice_std": float(scores.std()),
-        "val/dice_worst": float(scores.min()),
+        "val/dice": scores.mean(),
+        "val/dice_std": scores.std(),
+        "val/dice_worst": scores.min(),
         "val/foreground_truth": sum(row["truth"] for row in rows) / voxels,
         "val/foreground_prediction": sum(row["prediction"] for row in rows) / voxels,
         "system/seconds": trained - started,
@@ -376,6 +378,7 @@ def log_row(run: Run, epoch: int, losses: list, norms: list, rows: list[dict], s
         "system/slices_per_second": slices / (trained - started),
         "system/gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if run.device.type == "cuda" else math.nan,
     }
+    return {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
 
 
 @contextlib.contextmanager
@@ -420,7 +423,7 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
 
 # ---------------------------------------------------------------------------------------------------- before the loop
 
-# One more without a Dice in it goes into `make_loss`, too. test_it_learns_the_phantom trains with each but "bce".
+# One more without a Dice in it goes into `make_loss`, and is left out of test_it_learns_the_phantom, as "bce" is.
 LOSSES = {"dice": DiceLoss, "bce": nn.BCEWithLogitsLoss, "bce_dice": BCEDiceLoss}
 # For slices and for patches: the ladder in benchmarks/README.md measured them.
 DEPTH, EPOCHS = {2: 3, 3: 2}, {2: 22, 3: 12}
@@ -493,6 +496,7 @@ def prepare(args: argparse.Namespace) -> Run:
     fused = device.type in ("cpu", "cuda") and (args.engine == "loop" or precision != torch.float16)
     optimizer = torch.optim.AdamW(                                                      # configure_optimizers
         net.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
+    loss_function = make_loss(args.loss, world_size)
     recipe = {"version": predict.VERSION, "network": network, **kept, "machine": machine, "args": vars(args)}
     if saved:
         compare(saved, recipe, last)
@@ -505,7 +509,7 @@ def prepare(args: argparse.Namespace) -> Run:
     say(f"optimiser  AdamW, {args.schedule} to {args.lr:g}, {args.epochs} epochs of {args.steps} steps\n"
         f"run        {out}, {args.engine}, {'goes on' if saved else 'new'}; TensorBoard: {args.tensorboard}")
     return Run(args, out, rank, world_size, device, precision, recipe, val_scans[rank::world_size], loader, net,
-               optimizer, make_loss(args.loss, world_size), saved)
+               optimizer, loss_function, saved)
 
 
 def make_loss(name: str, world_size: int) -> nn.Module:

@@ -7,7 +7,8 @@
 
 Contract: float images (B, C, H, W), or (B, C, D, H, W) with dims=3, any size, in; logits of the same size out. Maps
 of the lowest level, of 1 / (stem * 2**depth) of the size, must hold more than one voxel: with norm="instance" always;
-with "batch" to train, over the batch. On a CPU in 3D, gradients in bfloat16 are wrong where a level's D is 2.
+with "batch" to train, over the batch. On a CPU in 3D, gradients in bfloat16 are wrong where a level's D is 2: with
+depth 1 or more, of images of D up to 2 * stem * 2**depth.
 
     from unet import UNet
     net = UNet(width=64, depth=3, norm="none")      # 7,781,761 parameters

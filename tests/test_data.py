@@ -308,7 +308,8 @@ def test_augmentation_is_as_strong_as_it_says_and_takes_image_and_mask_together(
     for (name, (low, high)), values in zip(ranges.items(), drawn, strict=True):
         assert values.mean() == pytest.approx((low + high) / 2, abs=0.1 * (high - low)), name
         assert values.std() == pytest.approx((high - low) / np.sqrt(12), rel=0.2), name
-    assert 0.4 < bent.mean() < 1.4 and outside.mean() > 0.05
+    assert 0.4 < bent.mean() < 1.4, "bending, in pixels"
+    assert outside.mean() > 0.05
     assert 8 < noisy.sum() < 40  # a tenth gets noise, of two equal slices each its own
     # All slices of a patch are warped alike, as one alone is: 40, more than OpenCV takes channels at once.
     patch, alone = warp(np.stack([places[0]] * 40), np.stack([disc] * 40), seed), warp(places[0], disc, seed)

@@ -193,6 +193,7 @@ def test_it_overfits_one_scan(quick, capsys):
     changes = "--steps 7 --overfit 1 --fold all --epochs 32 --width 8 --batch-size 2 --lr 1e-2 --label 1"
     result = run(*quick, *changes.split())
     first, *_, last = result["log"]
+    assert {type(value) for value in last.values()} == {int, float}  # a numpy number made last.pt unreadable
     assert last["val/dice"] > 0.8 and last["train/loss"] < 0.4 * first["train/loss"]
     assert result["split"] == {"train": ["la_000"], "val": []}  # predict.py said that it had learnt the others, too
     shown = capsys.readouterr().out
