@@ -192,7 +192,7 @@ NOTED = [  # the commands that meet it; pieces of the note; what is planted
     ("data --label 1 9, train --label 1 9", "1 of 3 scans hold no voxel of label 1 or 9: a; --label 1 9: 9 is in no",
      {LABEL: MASK * 7}),
     ("score", "a: its label holds no voxel of the organ", {LABEL: MASK * 0}),
-    ("data, train, score", "labels hold the values 1, 2: taken for one organ; --label", {LABEL: MASK * TWO}),
+    ("data, train, score, overlay", "labels hold the values 1, 2: taken for one organ; --label", {LABEL: MASK * TWO}),
     ("overlay --label 9", "labelsTr/a.nii.gz: holds no voxel of label 9"),
     ("predict", "note: out holds masks that were there before: ~.nii.gz", {"out/~.nii.gz": MASK}),
     ("score, data", "labelsTr/a.nii.gz; 1.0e-05 mm", {LABEL: image(MASK, shift=1e-5)}),

@@ -349,14 +349,18 @@ def test_a_command_prints_where_its_picture_is_and_chooses_an_organ_of_several(f
     assert pictures[0] == pictures[1] != pictures[2] and pictures[0].startswith(b"GIF")
 
 
-def test_bad_input_is_one_line_that_names_it_and_exit_code_2(files, tmp_path, capsys):
+def test_bad_input_is_one_line_that_names_it_and_exit_code_2(files, tmp_path, write_nifti, capsys):
     """What data.py says of files that are no scan or of another grid is tested there."""
+    even = str(write_nifti(tmp_path / "even.nii", np.ones((4, 4, 4))))
     (tmp_path / "old.png").write_text("old")
     (tmp_path / "log.csv").write_text("epoch;train/loss\n1;0,5\n")  # by a spreadsheet
     for command, out, words in (
         (["movie", *files], "x.png", "x.png: movie writes .gif or .html"),
         (["movie", *files[:1] * 10], "x.html", "found 9 masks; a player shows 0 to 8"),
         (["augment", files[0]], "x.png", "augment takes two files, found 1"),
+        (["augment", even, even], "x.png", "even.nii: all voxels are equal"),
+        (["overlay", files[0], "--count", "-3"], "x.png", "--count -3: give 1 to 1000 slices"),
+        (["overlay", files[0], "--count", "1000000"], "x.png", "--count 1000000: give 1 to 1000 slices"),
         (["curves", str(tmp_path / "nowhere")], "x.png", "nowhere/log.csv: No such file"),
         (["curves", str(tmp_path)], "x.png", "log.csv: no table of numbers"),
         (["planes", files[0]], "old.png/x.png", "old.png"),
@@ -365,7 +369,7 @@ def test_bad_input_is_one_line_that_names_it_and_exit_code_2(files, tmp_path, ca
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.count("\n") == 1 and words in printed.err, printed.err
         assert printed.err.startswith("visualize.py: ")
-    assert len(list(tmp_path.iterdir())) == 5 and (tmp_path / "old.png").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 6 and (tmp_path / "old.png").read_text() == "old"
 
 
 def test_alone_in_a_folder_it_draws_without_pyplot_and_shows_itself_in_a_notebook(tmp_path):
