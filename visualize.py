@@ -40,7 +40,7 @@ from scipy import ndimage
 
 ERRORS = {"correct": (86, 180, 233), "missed": (240, 228, 66), "false": (213, 94, 0)}  # sky blue, yellow, vermilion
 MASKS = ((86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115),  # sky blue, orange, purple, bluish green,
-         (0, 114, 178), (240, 228, 66), (213, 94, 0), (255, 255, 255))  # blue, yellow, vermilion, white
+         (0, 114, 178), (240, 228, 66), (213, 94, 0), (136, 34, 85))  # blue, yellow, vermilion, and Paul Tol's wine
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")  # the darker ones, for a white background
 WORDS = {"correct": "blue: correct", "missed": "yellow: missed, truth only", "false": "red: false, prediction only"}
 LETTERS = ("SIAP", "SIRL", "APRL")  # top, bottom, left, right of a slice across axis 0, 1, 2 (data.py: PLANES)
