@@ -315,7 +315,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
     net, how = load_network(checkpoint, device, args.checkpoint), checkpoint["preprocess"]
     scans, labels, masks = choose_files(args, checkpoint)
     keep_freed_memory()
-    if labels:  # the scores of earlier masks, if this breaks off
+    if labels:  # else those of earlier masks would stay beside the new ones, if this breaks off
         Path(args.out, "scores.csv").unlink(missing_ok=True)
 
     rows, values = [], {}
