@@ -287,7 +287,8 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
 
     Returns:
         One row per scan: name, dice, confidence, truth and prediction (foreground voxels), voxels; of the slice that
-        holds most of the organ `panel`: image, truth, probability (H, W); `title`, the line above it.
+        holds most of the organ `slice` (from 1), `slices` (of how many), `slice_dice`, and `panel`: image, truth,
+        probability (H, W).
     """
     how, rows = run.recipe["preprocess"], []
     hidden = None if run.rank == 0 and len(scans) > 1 else True
@@ -303,7 +304,7 @@ def evaluate(run: Run, scans: Sequence[data.CachedScan]) -> list[dict]:
         rows.append({"name": scan.name, "dice": whole,
                      "confidence": predict.confidence(answer), "truth": int(np.count_nonzero(truth)),
                      "prediction": int(np.count_nonzero(prediction)), "voxels": truth.size,
-                     "title": f"{scan.name}: Dice {whole:.3f};  slice {fullest + 1} of {len(mask)}: Dice {here:.3f}",
+                     "slice": fullest + 1, "slices": len(mask), "slice_dice": here,
                      "panel": [np.float32(array[fullest]) for array in (image, mask, probability)]})
     return rows
 
@@ -418,7 +419,9 @@ def draw_panels(rows: Sequence[dict], axis: int = 2):
     """Scan, truth, probability, prediction and error of a slice of each validation scan, as a figure."""
     size = np.max([row["panel"][0].shape for row in rows], axis=0)
     stacks = [np.stack([data.crop_or_pad(row["panel"][i], size) for row in rows]) for i in range(3)]
-    return visualize.compare(*stacks, [row["title"] for row in rows], axis)
+    titles = [f"{row['name']}: Dice {row['dice']:.3f};  slice {row['slice']} of {row['slices']}: Dice "
+              f"{row['slice_dice']:.3f}" for row in rows]
+    return visualize.compare(*stacks, titles, axis)
 
 
 # ---------------------------------------------------------------------------------------------------- before the loop

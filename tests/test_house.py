@@ -24,7 +24,7 @@ HOUSE = {
     "losses": (30, set()),
     "metrics": (40, set()),
     "data": (494, set()),
-    "train": (592, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
+    "train": (594, {"data", "losses", "metrics", "predict", "unet", "visualize"}),
     "predict": (241, {"data", "metrics", "unet"}),
     "visualize": (322, {"data", "predict"}),
     "phantom": (140, set()),
